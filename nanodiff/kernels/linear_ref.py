@@ -1,0 +1,23 @@
+"""Linear layer in NumPy: the definition."""
+
+__all__ = ["linear_forward", "linear_backward"]
+
+
+def linear_forward(x, weight, bias):  # (..., C), (C, O), (O,) -> (..., O)
+    """out = x @ weight + bias over the last axis."""
+    return x @ weight + bias
+
+
+def linear_backward(dout, x, weight, dweight, dbias):  # -> dx (..., C)
+    """dx for out[n, o] = sum_c x[n, c] weight[c, o] + bias[o]; adds into dweight and dbias.
+
+    With L the loss and dout = dL/dout, the chain rule sums over every out that a value entered:
+        dx[n, c]     = sum_o dout[n, o] weight[c, o]       x[n, c] enters row n of out
+        dweight[c,o] = sum_n x[n, c] dout[n, o]            weight[c, o] enters column o
+        dbias[o]     = sum_n dout[n, o]
+    In matrices: dweight += x^T dout, dbias += sum dout, dx = dout weight^T.
+    """
+    rows, drows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+    dweight += rows.T @ drows
+    dbias += drows.sum(0)
+    return dout @ weight.T

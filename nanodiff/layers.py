@@ -1,0 +1,210 @@
+"""Layers: an op of the kernels, its weights, and what its backward needs.
+
+While training, a layer's forward puts on its own stack what its backward takes off again. A backward adds into the
+gradients of the weights and returns the gradient of the input.
+"""
+
+import math
+
+
+class Layer:
+    """`net` is what the layers of one network share: .ctx, .params, .layers and .init ("ddpm" or "torch")."""
+
+    def __init__(self, net):
+        self.net, self.ctx, self.k = net, net.ctx, net.ctx.k
+        self._stack = []
+        net.layers.append(self)
+
+    def save(self, *arrays):
+        if self.ctx.saving:
+            self._stack.append(arrays)
+
+    def saved(self):
+        """What the last forward saved. Taken off the stack, so that its memory is free after the backward."""
+        if not self._stack:
+            raise RuntimeError(f"backward of {type(self).__name__} without a forward before it: call forward first")
+        return self._stack.pop()
+
+    def weights(self, name, shape, fan_in, fan_out, zero):
+        """A weight and its bias, initialised as the network asks.
+
+        "ddpm": uniform with variance 2 / (fan_in + fan_out), bias 0; layers that end a residual branch start at 0,
+        so that every block starts as the identity (Ho et al. 2020). "torch": uniform +-1 / sqrt(fan_in) for both.
+        """
+        torch = 1 / math.sqrt(fan_in)
+        ddpm = "zero" if zero else math.sqrt(6 / (fan_in + fan_out))
+        pick = (torch, torch) if self.net.init == "torch" else (ddpm, "zero")
+        return (
+            self.net.params.add(f"{name}.weight", shape, pick[0]),
+            self.net.params.add(f"{name}.bias", shape[-1:], pick[1]),
+        )
+
+
+class Linear(Layer):
+    def __init__(self, net, name, C, O, zero=False):
+        super().__init__(net)
+        self.weight, self.bias = self.weights(name, (C, O), C, O, zero)
+
+    def forward(self, x):  # (..., C) -> (..., O)
+        self.save(x)
+        return self.k.linear_forward(x, self.weight.data, self.bias.data)
+
+    def backward(self, dout):
+        (x,) = self.saved()
+        return self.k.linear_backward(dout, x, self.weight.data, self.weight.grad, self.bias.grad)
+
+
+class Conv2d(Layer):
+    """Kernel K x K; `pad` = zeros (before, after) along both axes, by default those that keep the size."""
+
+    def __init__(self, net, name, C, O, K=3, stride=1, pad=None, zero=False):
+        super().__init__(net)
+        self.stride, self.pad = stride, pad or (K // 2, K // 2)
+        self.weight, self.bias = self.weights(name, (K, K, C, O), K * K * C, K * K * O, zero)
+
+    def forward(self, x, emb=None):  # (B,H,W,C), (B,O) -> (B,Ho,Wo,O)
+        self.save(x)
+        weight = self._prepared(*x.shape[1:3])
+        return self.k.conv_forward(x, weight, self.bias.data, self.stride, self.pad, emb)
+
+    def _prepared(self, H, W):
+        kept = self.ctx.frozen  # a dictionary while the weights do not change, else None
+        if kept is None:
+            return self.k.conv_prepare(self.weight.data, H, W, self.stride, self.pad)
+        if (self, H, W) not in kept:
+            kept[self, H, W] = self.k.conv_prepare(self.weight.data, H, W, self.stride, self.pad)
+        return kept[self, H, W]
+
+    def backward(self, dout):  # -> dx, demb
+        (x,) = self.saved()
+        return self.k.conv_backward(
+            dout, x, self.weight.data, self.stride, self.pad, self.weight.grad, self.bias.grad
+        )
+
+
+class GroupNorm(Layer):
+    """Group norm; `silu=True` (GroupNormSiLU) puts the activation behind it into the same pass."""
+
+    def __init__(self, net, name, C, groups, eps, silu=True):
+        super().__init__(net)
+        self.groups, self.eps, self.silu = groups, eps, silu
+        self.weight = net.params.add(f"{name}.weight", (C,), "one")
+        self.bias = net.params.add(f"{name}.bias", (C,), "zero")
+
+    def forward(self, x):  # (B,H,W,C) -> (B,H,W,C)
+        out, mean, rstd = self.k.groupnorm_forward(
+            x, self.weight.data, self.bias.data, self.groups, self.eps, self.silu
+        )
+        self.save(x, mean, rstd)
+        return out
+
+    def backward(self, dout):
+        x, mean, rstd = self.saved()
+        return self.k.groupnorm_backward(
+            dout, x, mean, rstd, self.weight.data, self.bias.data, self.groups, self.silu,
+            self.weight.grad, self.bias.grad,
+        )  # fmt: skip
+
+
+class Attention(Layer):
+    """x + to_out(attention(to_q(h), to_k(h), to_v(h))), h = group norm of x: every pixel looks at every pixel."""
+
+    def __init__(self, net, name, C, heads, groups, eps):
+        super().__init__(net)
+        self.heads = heads
+        self.norm = GroupNorm(net, f"{name}.group_norm", C, groups, eps, silu=False)
+        self.to_q, self.to_k, self.to_v = (Linear(net, f"{name}.{p}", C, C) for p in ("to_q", "to_k", "to_v"))
+        self.to_out = Linear(net, f"{name}.to_out.0", C, C, zero=True)
+
+    def forward(self, x):  # (B,H,W,C) -> (B,H,W,C)
+        B, H, W, C = x.shape
+        h = self.norm.forward(x).reshape(B, H * W, C)
+        q, k, v = self.to_q.forward(h), self.to_k.forward(h), self.to_v.forward(h)
+        out, lse = self.k.attention_forward(q, k, v, self.heads)
+        self.save(q, k, v, out, lse)
+        return self.k.add(x, self.to_out.forward(out).reshape(x.shape))
+
+    def backward(self, dout):
+        B, H, W, C = dout.shape
+        q, k, v, out, lse = self.saved()
+        dh = self.to_out.backward(dout.reshape(B, H * W, C))
+        dq, dk, dv = self.k.attention_backward(dh, q, k, v, out, lse, self.heads)
+        dh = self.k.add(self.to_q.backward(dq), self.to_k.backward(dk))  # h fed q, k and v
+        dh = self.k.add(dh, self.to_v.backward(dv))
+        return self.k.add(dout, self.norm.backward(dh.reshape(dout.shape)))  # x fed the block and the residual
+
+
+class Upsample(Layer):
+    """Nearest neighbour x 2, then a 3x3 convolution."""
+
+    def __init__(self, net, name, C):
+        super().__init__(net)
+        self.conv = Conv2d(net, f"{name}.conv", C, C)
+
+    def forward(self, x):  # (B,H,W,C) -> (B,2H,2W,C)
+        return self.conv.forward(self.k.upsample_forward(x))
+
+    def backward(self, dout):
+        dh, _ = self.conv.backward(dout)
+        return self.k.upsample_backward(dh)
+
+
+class Downsample(Layer):
+    """A 3x3 convolution of stride 2. `padding` 1: a border of zeros; 0: zeros on the right and below only (DDPM)."""
+
+    def __init__(self, net, name, C, padding):
+        super().__init__(net)
+        self.conv = Conv2d(net, f"{name}.conv", C, C, stride=2, pad=(padding, padding) if padding else (0, 1))
+
+    def forward(self, x):  # (B,H,W,C) -> (B,H/2,W/2,C)
+        return self.conv.forward(x)
+
+    def backward(self, dout):
+        return self.conv.backward(dout)[0]
+
+
+class Dropout(Layer):
+    """Drops elements with probability `rate` while training; nothing in `predict`."""
+
+    def __init__(self, net, rate):
+        super().__init__(net)
+        self.rate, self.site = rate, len(net.layers)
+
+    def forward(self, x):
+        if not (self.rate and self.ctx.saving):
+            return x
+        self.save(self.net.key)
+        return self.k.dropout(x, self.rate, *self.net.key, self.site)
+
+    def backward(self, dout):
+        if not self.rate:
+            return dout
+        return self.k.dropout(dout, self.rate, *self.saved()[0], self.site)
+
+
+class TimeEmbedding(Layer):
+    """silu of linear_2(silu(linear_1(sinusoids of t))) + class embedding: the form in which every block uses it."""
+
+    def __init__(self, net, dim, D, flip_sin_to_cos, freq_shift, classes):
+        super().__init__(net)
+        self.sinusoids = (dim, flip_sin_to_cos, freq_shift)
+        self.linear_1 = Linear(net, "time_embedding.linear_1", dim, D)
+        self.linear_2 = Linear(net, "time_embedding.linear_2", D, D)
+        # a normal of deviation 1 in other programs; a uniform of the same variance here
+        self.table = net.params.add("class_embedding.weight", (classes, D), math.sqrt(3)) if classes else None
+
+    def forward(self, t, labels):  # (B,), (B,) or None -> (B,D)
+        waves = self.k.time_embedding(t, *self.sinusoids, self.ctx.dtype)
+        hidden = self.linear_1.forward(waves)
+        emb = self.linear_2.forward(self.k.silu_forward(hidden))
+        if self.table:
+            emb = self.k.add(emb, self.k.embedding_forward(labels, self.table.data))
+        self.save(hidden, emb, labels)
+        return self.k.silu_forward(emb)
+
+    def backward(self, dout):
+        hidden, emb, labels = self.saved()
+        demb = self.k.silu_backward(dout, emb)
+        if self.table:
+            self.k.embedding_backward(demb, labels, self.table.grad)
+        self.linear_1.backward(self.k.silu_backward(self.linear_2.backward(demb), hidden))  # t has no gradient

@@ -1,0 +1,360 @@
+"""The UNet: a path down, a middle, a path up that is handed the skips. Its backward is its forward read bottom-up."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+
+from nanodiff.context import Context, NanodiffError
+from nanodiff.layers import (
+    Attention, Conv2d, Downsample, Dropout, GroupNorm, Linear, TimeEmbedding, Upsample,
+)  # fmt: skip
+from nanodiff.params import Params
+
+DOWN, ATTN_DOWN, UP, ATTN_UP = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """The fields of diffusers' UNet2DModel, so that its config.json is this dataclass.
+
+    The defaults here describe a small model; a field that a config.json omits takes diffusers' default (`from_dict`).
+    """
+
+    sample_size: int | tuple | None = None
+    in_channels: int = 1
+    out_channels: int = 1
+    center_input_sample: bool = False
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None  # None: 4 * block_out_channels[0]
+    freq_shift: int = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple = (DOWN, DOWN, ATTN_DOWN)
+    mid_block_type: str | None = "UNetMidBlock2D"
+    up_block_types: tuple = (ATTN_UP, UP, UP)
+    block_out_channels: tuple = (32, 64, 128)
+    layers_per_block: int = 1
+    mid_block_scale_factor: float = 1
+    downsample_padding: int = 1
+    downsample_type: str = "conv"
+    upsample_type: str = "conv"
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    attention_head_dim: int | None = 32  # None: one head of the full width
+    norm_num_groups: int | None = 8
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: str = "default"
+    add_attention: bool = True  # in the middle
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def __post_init__(self):
+        for name in ("down_block_types", "up_block_types", "block_out_channels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.sample_size, list):
+            object.__setattr__(self, "sample_size", tuple(self.sample_size))
+        self._check()
+
+    def _check(self):
+        def need(ok, field, limit):
+            if not ok:
+                raise NanodiffError(f"UNetConfig.{field} = {getattr(self, field)!r}: {limit}")
+
+        def whole(value, least=1):
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        need(channels and all(map(whole, channels)), "block_out_channels", "must be one or more integers above 0")
+        for field in ("in_channels", "out_channels", "layers_per_block"):
+            need(whole(getattr(self, field)), field, "must be an integer above 0")
+        need(whole(groups), "norm_num_groups", "must be an integer above 0 that divides every block_out_channels")
+        bad = [c for c in channels if c % groups]
+        need(not bad, "norm_num_groups", f"must divide every block_out_channels, and does not divide {bad}")
+        need(self.attn_norm_num_groups is None or whole(self.attn_norm_num_groups), "attn_norm_num_groups",
+             "must be an integer above 0, or None for norm_num_groups")  # fmt: skip
+        n = len(channels)
+        for field, known in (("down_block_types", (DOWN, ATTN_DOWN)), ("up_block_types", (UP, ATTN_UP))):
+            need(len(getattr(self, field)) == n, field, f"must name {n} blocks, as many as block_out_channels")
+            need(all(b in known for b in getattr(self, field)), field, f"each block must be one of {known}")
+        for c, down, up in zip(channels, self.down_block_types, reversed(self.up_block_types)):
+            if ATTN_DOWN in (down, up) or ATTN_UP in (down, up):
+                head = self.attention_head_dim or c
+                need(whole(head) and c % head == 0, "attention_head_dim", f"must divide {c}, the width it is used at")
+                need(c % (self.attn_norm_num_groups or groups) == 0, "attn_norm_num_groups", f"must divide {c}")
+        if self.mid_block_type and self.add_attention:
+            head = self.attention_head_dim or channels[-1]
+            need(whole(head) and channels[-1] % head == 0, "attention_head_dim", f"must divide {channels[-1]}")
+        need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
+        need(self.norm_eps > 0, "norm_eps", "must be above 0")
+        need(self.downsample_padding in (0, 1), "downsample_padding", "must be 0 or 1")
+        need(self.num_class_embeds is None or whole(self.num_class_embeds), "num_class_embeds",
+             "must be an integer above 0, or None")  # fmt: skip
+        need(self.time_embedding_dim is None or whole(self.time_embedding_dim), "time_embedding_dim",
+             "must be an integer above 0, or None for 4 * block_out_channels[0]")  # fmt: skip
+        half = channels[0] // 2
+        need(half > self.freq_shift, "freq_shift", f"must be below {half}, half of block_out_channels[0]")
+        sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
+        fits = self.sample_size is None or (len(sizes) == 2 and all(whole(s) and s % self.stride == 0 for s in sizes))
+        need(fits, "sample_size", f"must be an integer or two, divisible by {self.stride}")
+        for field, values in _SUPPORTED.items():
+            need(getattr(self, field) in values, field, f"this version has only {', '.join(map(repr, values))}")
+
+    @property
+    def stride(self):
+        """Height and width of an image must be divisible by this."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, d):
+        """From a diffusers config.json: keys that are not fields are ignored, missing ones take diffusers' defaults."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{**_DIFFUSERS, **{k: v for k, v in d.items() if k in names}})
+
+    def to_dict(self):
+        """All fields, as JSON knows them."""
+        d = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
+
+
+# what diffusers means by a field that a config.json omits, where it differs from the small model above
+_DIFFUSERS = {
+    "in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2,
+    "down_block_types": (DOWN, ATTN_DOWN, ATTN_DOWN, ATTN_DOWN), "up_block_types": (ATTN_UP, ATTN_UP, ATTN_UP, UP),
+    "attention_head_dim": 8, "norm_num_groups": 32,
+}  # fmt: skip
+_SUPPORTED = {
+    "center_input_sample": (False,), "time_embedding_type": ("positional",), "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2D", None), "downsample_type": ("conv",), "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"), "resnet_time_scale_shift": ("default",), "class_embed_type": (None,),
+}  # fmt: skip
+
+
+class ResBlock:
+    """x -> norm, SiLU, conv1 (+ time) -> norm, SiLU, dropout, conv2 -> + shortcut(x)."""
+
+    def __init__(self, net, name, C, O, D):
+        cfg = net.config
+        self.k = net.ctx.k
+        self.norm1 = GroupNorm(net, f"{name}.norm1", C, cfg.norm_num_groups, cfg.norm_eps)
+        self.conv1 = Conv2d(net, f"{name}.conv1", C, O)
+        self.time_emb_proj = Linear(net, f"{name}.time_emb_proj", D, O)
+        self.norm2 = GroupNorm(net, f"{name}.norm2", O, cfg.norm_num_groups, cfg.norm_eps)
+        self.dropout = Dropout(net, cfg.dropout)
+        self.conv2 = Conv2d(net, f"{name}.conv2", O, O, zero=True)
+        self.shortcut = Conv2d(net, f"{name}.conv_shortcut", C, O, K=1) if C != O else None
+
+    def forward(self, x, emb):  # (B,H,W,C), (B,D) -> (B,H,W,O)
+        h = self.norm1.forward(x)
+        e = self.time_emb_proj.forward(emb)
+        h = self.conv1.forward(h, e)
+        h = self.norm2.forward(h)
+        h = self.dropout.forward(h)
+        h = self.conv2.forward(h)
+        r = self.shortcut.forward(x) if self.shortcut else x
+        return self.k.add(r, h)
+
+    def backward(self, dout):  # -> dx, demb
+        dr = self.shortcut.backward(dout)[0] if self.shortcut else dout
+        dh, _ = self.conv2.backward(dout)
+        dh = self.dropout.backward(dh)
+        dh = self.norm2.backward(dh)
+        dh, de = self.conv1.backward(dh)
+        demb = self.time_emb_proj.backward(de)
+        dh = self.norm1.backward(dh)
+        return self.k.add(dr, dh), demb  # x fed the block and the shortcut
+
+
+class UNet:
+    """The network of DDPM (Ho et al. 2020), parameter for parameter diffusers' UNet2DModel.
+
+    config  a UNetConfig
+    device  "cpu", "gpu" (or "cuda"), or "ref": NumPy, which also runs in dtype float64
+    seed    of the initial weights, which are the same on every device
+    init    "ddpm" (residual branches start at zero) or "torch" (PyTorch's default)
+    """
+
+    def __init__(self, config, device="cpu", seed=0, dtype=None, init="ddpm"):
+        if not isinstance(config, UNetConfig):
+            raise NanodiffError(f"config is a {type(config).__name__}: must be a UNetConfig (UNetConfig.from_dict)")
+        if init not in ("ddpm", "torch"):
+            raise NanodiffError(f"init = {init!r}: must be 'ddpm' or 'torch'")
+        self.config, self.ctx, self.init = config, Context(device, dtype), init
+        self.params, self.layers, self.key = Params(), [], None
+        self._build(config)
+        self.params.allocate(self.ctx, seed)
+
+    def _build(self, cfg):
+        channels, last = cfg.block_out_channels, len(cfg.block_out_channels) - 1
+        D = cfg.time_embedding_dim or 4 * channels[0]
+
+        def attention(name, C):
+            groups = cfg.attn_norm_num_groups or cfg.norm_num_groups
+            return Attention(self, name, C, C // (cfg.attention_head_dim or C), groups, cfg.norm_eps)
+
+        self.conv_in = Conv2d(self, "conv_in", cfg.in_channels, channels[0])
+        self.time = TimeEmbedding(
+            self, channels[0], D, cfg.flip_sin_to_cos, cfg.freq_shift, cfg.num_class_embeds
+        )
+        # a block is a list of (ResBlock, Attention or None) and a resampling layer or None
+        self.down, self.up, C = [], [], channels[0]
+        for b, (O, kind) in enumerate(zip(channels, cfg.down_block_types)):
+            name, pairs = f"down_blocks.{b}", []
+            for j in range(cfg.layers_per_block):
+                resnet = ResBlock(self, f"{name}.resnets.{j}", C if j == 0 else O, O, D)
+                pairs.append((resnet, attention(f"{name}.attentions.{j}", O) if kind == ATTN_DOWN else None))
+            down = Downsample(self, f"{name}.downsamplers.0", O, cfg.downsample_padding) if b < last else None
+            self.down.append((pairs, down))
+            C = O
+        self.mid = []
+        if cfg.mid_block_type:
+            attn = attention("mid_block.attentions.0", C) if cfg.add_attention else None
+            resnets = [ResBlock(self, f"mid_block.resnets.{j}", C, C, D) for j in range(2)]
+            self.mid = [(resnets[0], attn), (resnets[1], None)]
+        skips = [channels[0]]  # widths of what the path down leaves for the path up
+        for b, O in enumerate(channels):
+            skips += [O] * (cfg.layers_per_block + (b < last))
+        for b, (O, kind) in enumerate(zip(reversed(channels), cfg.up_block_types)):
+            name, pairs = f"up_blocks.{b}", []
+            for j in range(cfg.layers_per_block + 1):
+                resnet = ResBlock(self, f"{name}.resnets.{j}", C + skips.pop(), O, D)
+                pairs.append((resnet, attention(f"{name}.attentions.{j}", O) if kind == ATTN_UP else None))
+                C = O
+            self.up.append((pairs, Upsample(self, f"{name}.upsamplers.0", O) if b < last else None))
+        self.norm_out = GroupNorm(self, "conv_norm_out", C, cfg.norm_num_groups, cfg.norm_eps)
+        self.conv_out = Conv2d(self, "conv_out", C, cfg.out_channels, zero=True)
+
+    def forward(self, x, t, labels=None, key=None):
+        """What the network says of x at time t, keeping what `backward` needs.
+
+        x       (B, H, W, in_channels) float array of the device; H and W divisible by config.stride
+        t       (B,) time steps;  labels (B,) class numbers, where config.num_class_embeds is set
+        key     (seed, step) of the noise of dropout, needed where config.dropout > 0
+        returns (B, H, W, out_channels)
+        """
+        if self.config.dropout and key is None:
+            raise NanodiffError(f"dropout = {self.config.dropout} needs key=(seed, step) to draw its noise from")
+        for layer in self.layers:  # what a forward left that no backward followed
+            layer._stack.clear()
+        self.key, self.ctx.saving = key, True
+        try:
+            return self._forward(*self._checked(x, t, labels))
+        finally:
+            self.ctx.saving = False
+
+    def predict(self, x, t, labels=None):
+        """`forward` without dropout, keeping nothing: for sampling. Sample b depends on x[b], t[b], labels[b] alone."""
+        return self._forward(*self._checked(x, t, labels))
+
+    def _forward(self, x, t, labels):
+        k = self.ctx.k
+        emb = self.time.forward(t, labels)
+        h = self.conv_in.forward(x)
+        skips = [h]
+        for pairs, down in self.down:
+            for resnet, attn in pairs:
+                h = resnet.forward(h, emb)
+                h = attn.forward(h) if attn else h
+                skips.append(h)
+            if down:
+                h = down.forward(h)
+                skips.append(h)
+        for resnet, attn in self.mid:
+            h = resnet.forward(h, emb)
+            h = attn.forward(h) if attn else h
+        self._widths = []  # channels of h at every joint, where backward parts them again
+        for pairs, up in self.up:
+            for resnet, attn in pairs:
+                self._widths.append(h.shape[-1])
+                h = k.concat(h, skips.pop())
+                h = resnet.forward(h, emb)
+                h = attn.forward(h) if attn else h
+            h = up.forward(h) if up else h
+        assert not skips
+        h = self.norm_out.forward(h)
+        return self.conv_out.forward(h)
+
+    def backward(self, dout):
+        """The gradient of x from that of the last forward's output; adds into params.grad."""
+        k = self.ctx.k
+        widths, dskips, self.demb = list(self._widths), [], None
+        dh, _ = self.conv_out.backward(self.ctx.to_device(dout))
+        dh = self.norm_out.backward(dh)
+        for pairs, up in reversed(self.up):
+            dh = up.backward(dh) if up else dh
+            for resnet, attn in reversed(pairs):
+                dh = attn.backward(dh) if attn else dh
+                dh = self._resnet_backward(resnet, dh)
+                dh, dskip = k.split(dh, widths.pop())
+                dskips.append(dskip)
+        for resnet, attn in reversed(self.mid):
+            dh = attn.backward(dh) if attn else dh
+            dh = self._resnet_backward(resnet, dh)
+        for pairs, down in reversed(self.down):
+            if down:
+                dh = k.add(dh, dskips.pop())  # h fed the next block and a skip
+                dh = down.backward(dh)
+            for resnet, attn in reversed(pairs):
+                dh = k.add(dh, dskips.pop())  # likewise
+                dh = attn.backward(dh) if attn else dh
+                dh = self._resnet_backward(resnet, dh)
+        dh = k.add(dh, dskips.pop())
+        assert not dskips
+        dx, _ = self.conv_in.backward(dh)
+        self.time.backward(self.demb)
+        return dx
+
+    def _resnet_backward(self, resnet, dout):
+        dx, demb = resnet.backward(dout)
+        self.demb = demb if self.demb is None else self.ctx.k.add(self.demb, demb)  # emb fed every block
+        return dx
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """Inside, the weights do not change: their prepared forms are made once and kept."""
+        outer = self.ctx.frozen
+        self.ctx.frozen = {} if outer is None else outer
+        try:
+            yield self
+        finally:
+            self.ctx.frozen = outer
+
+    def _checked(self, x, t, labels):
+        cfg, stride = self.config, self.config.stride
+        shape = tuple(getattr(x, "shape", ()))
+        if len(shape) != 4 or shape[3] != cfg.in_channels or 0 in shape:
+            raise NanodiffError(f"x has shape {shape}: must be (B, H, W, {cfg.in_channels})")
+        if shape[1] % stride or shape[2] % stride:
+            near = [max(stride, round(n / stride) * stride) for n in shape[1:3]]
+            raise NanodiffError(
+                f"x is {shape[1]}x{shape[2]}: height and width must be divisible by {stride}; the nearest are "
+                f"{near[0]}x{near[1]}"
+            )
+        if x.dtype.kind != "f":
+            raise NanodiffError(f"x has dtype {x.dtype}: must be a float array, images scaled to [-1, 1]")
+        t = np.asarray(t)
+        if t.shape != (shape[0],) or t.dtype.kind not in "iuf" or not (np.isfinite(t).all() and t.min() >= 0):
+            raise NanodiffError(f"t has shape {t.shape}, dtype {t.dtype}: must be {shape[0]} numbers, none below 0")
+        if (labels is None) != (cfg.num_class_embeds is None):
+            want = "None (the network has no classes)" if labels is not None else "given, one class number per image"
+            raise NanodiffError(f"labels: must be {want}; num_class_embeds = {cfg.num_class_embeds}")
+        if labels is not None:
+            labels = np.asarray(labels)
+            ok = labels.shape == (shape[0],) and labels.dtype.kind in "iu"
+            if not ok or labels.min() < 0 or labels.max() >= cfg.num_class_embeds:
+                raise NanodiffError(f"labels: must be {shape[0]} integers from 0 to {cfg.num_class_embeds - 1}")
+        return self.ctx.to_device(x), t, labels
+
+    def save_pretrained(self, folder):
+        """Write config.json and the weights in diffusers' layout."""
+        from nanodiff import checkpoint
+
+        checkpoint.save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu"):
+        """Read a folder in diffusers' layout: a model's, or a pipeline's with unet/ in it."""
+        from nanodiff import checkpoint
+
+        return checkpoint.from_pretrained(folder, device)
