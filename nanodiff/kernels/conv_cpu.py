@@ -1,0 +1,86 @@
+"""Convolutions on the CPU: Winograd where it pays, else gathered windows times packed weights.
+
+Maths: conv_ref.py; the two methods: winograd_cpu.py and gemm_cpu.py. The choice is a matter of shape alone.
+"""
+
+import numpy as np
+
+from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
+from nanodiff.kernels.parallel_cpu import empty
+from nanodiff.kernels.simd_cpu import PANEL
+from nanodiff.kernels.winograd_cpu import transformed_weights, winograd, winograd_weight_gradient
+
+__all__ = ["conv_prepare", "conv_forward", "conv_backward"]
+
+
+def uses_winograd(shape, H, W, stride, pad):
+    """3x3, same size, whole panels of channels, and images of which a 4x4 tile covers little that is not there."""
+    kh, kw, C, O = shape
+    same = (kh, kw, stride, *pad) == (3, 3, 1, 1, 1)
+    return same and C % PANEL == 0 and O % PANEL == 0 and min(H, W) >= 6
+
+
+def _taps(kh, kw):
+    return np.array([(i, j, i * kw + j) for i in range(kh) for j in range(kw)], np.int64)
+
+
+def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
+    """Winograd-transformed weights (O/16, 36, C, 16), or packed ones (O/16, kh, kw, C, 16), for images of H x W."""
+    kh, kw, C, O = weight.shape
+    if uses_winograd(weight.shape, H, W, stride, pad):
+        return transformed_weights(weight)
+    return packed(weight.reshape(-1, C, O)).reshape(-1, kh, kw, C, PANEL)
+
+
+def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None):
+    bias = bias[None] if emb is None else bias + emb
+    if weight.ndim == 4:
+        return winograd(x, weight, bias)
+    B, H, W, C = x.shape
+    P, kh, kw = weight.shape[:3]
+    OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
+    out, taps = empty((B, OH, OW, bias.shape[1])), _taps(kh, kw)
+    taps[:, :2] -= pad[0]
+    convolve(x, weight.reshape(P, kh * kw, C, PANEL), bias, out, taps, OW, OH * OW, scale=stride)
+    return out
+
+
+def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
+    B, H, W, C = x.shape
+    kh, kw, _, O = weight.shape
+    demb = sums(dout.reshape(-1, O), B)
+    dbias += demb.sum(0)
+    if uses_winograd(weight.shape, H, W, stride, pad):
+        winograd_weight_gradient(x, dout, dweight)
+        return winograd(dout, transformed_weights(weight, turned=True), np.zeros((1, C), np.float32)), demb
+    taps = _taps(kh, kw)
+    taps[:, :2] -= pad[0]
+    weight_gradient(x, dout, dweight.reshape(-1, O), taps, scale=stride)
+    return _data_gradient(dout, (B, H, W, C), weight, stride, pad), demb
+
+
+def _data_gradient(dout, shape, weight, stride, pad):
+    """dx[y] = sum of dout[(y + pad - i) / stride] @ weight[i]^T over the taps i for which that is a whole number.
+
+    Which taps those are depends on y % stride: each of the stride * stride classes of pixels is a product of its own.
+    """
+    B, H, W, C = shape
+    kh, kw, _, O = weight.shape
+    dx, flat, zero = empty(shape), weight.reshape(-1, C, O), np.zeros((1, C), np.float32)
+    for oy in range(min(stride, H)):
+        for ox in range(min(stride, W)):
+            fits = [
+                (pad[0] - i, pad[0] - j, i * kw + j)
+                for i in range(kh)
+                for j in range(kw)
+                if (oy + pad[0] - i) % stride == 0 and (ox + pad[0] - j) % stride == 0
+            ]
+            gh, gw = -(-(H - oy) // stride), -(-(W - ox) // stride)
+            if not fits:  # a kernel smaller than its stride leaves pixels that nothing looked at
+                dx[:, oy::stride, ox::stride] = 0
+                continue
+            taps = np.array(fits, np.int64)
+            turned = packed(flat, taps[:, 2].copy(), transposed=True)
+            scale = 1 if stride == 1 else -stride
+            convolve(dout, turned, zero, dx, taps, gw, gh * gw, scale, grid=stride, offset=(oy, ox))
+    return dx

@@ -1,0 +1,218 @@
+"""Matrix products on the CPU around one micro-kernel, for linear layers and every convolution that is not Winograd.
+
+A convolution is a matrix product of its windows: row = output pixel, column = (tap, input channel). The windows of
+a few pixels at a time are gathered into scratch memory that stays in the cache (an "im2col" of 16 rows, not of the
+image), then multiplied with weights packed in panels of 16 output channels. The gather costs one copy for every
+2 * O operations on the copied value, and in return any kernel size, stride, padding and channel count is the same
+code. Gradients of the data gather from dout instead of x; those of the weights multiply transposed windows.
+
+A *geometry* is an int64 array: image sizes, and the list of taps (dy, dx, index into the weights) to gather:
+    row (b, y, x) gathers pixel (y * up + dy, x * up + dx) // down of image b, where that division has no remainder
+"""
+
+import numpy as np
+
+from nanodiff.kernels import parallel_cpu
+from nanodiff.kernels.parallel_cpu import empty, njit, parallel
+from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product
+
+product = make_product(ROWS)
+product_t = make_product(ROWS_T, transposed=True)
+PIXELS = 96  # rows summed at a time in a weight gradient: their windows and gradients stay in the cache
+WROWS = 64  # rows of the weight gradient that one job owns
+
+
+def panels(n):
+    return -(-n // PANEL)
+
+
+@parallel
+def pack(job, worker, weight, taps, transposed, out):
+    """out[p, tap, c, 0:16] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0 beyond.
+
+    One job per (panel, tap); `taps` lists the taps of the weights in the order of the panels.
+    """
+    _, C, O = weight.shape
+    p, i = job // taps.size, job % taps.size
+    w = weight[taps[i]]
+    if transposed:
+        wide = min(PANEL, C - p * PANEL)
+        for o in range(O):
+            for q in range(wide):
+                out[p, i, o, q] = w[p * PANEL + q, o]
+            for q in range(wide, PANEL):
+                out[p, i, o, q] = 0
+    else:
+        wide = min(PANEL, O - p * PANEL)
+        for c in range(C):
+            for q in range(wide):
+                out[p, i, c, q] = w[c, p * PANEL + q]
+            for q in range(wide, PANEL):
+                out[p, i, c, q] = 0
+
+
+def packed(weight, taps=None, transposed=False):  # (taps, C, O) -> (panels, taps, C, 16), or of O if transposed
+    taps = np.arange(weight.shape[0]) if taps is None else taps
+    inner, outer = weight.shape[1:] if not transposed else weight.shape[:0:-1]
+    out = empty((panels(outer), taps.size, inner, PANEL))
+    pack(out.shape[0] * taps.size, weight, taps, int(transposed), out)
+    return out
+
+
+@njit
+def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, depth):
+    """window[i, :] = the values of x under the taps of row `row + i`, for i < n; zero outside the image.
+
+    Rows count the pixels of a grid of `area` pixels, `width` wide, in each image. With scale > 0 pixel (y, x) of
+    the grid looks at (y, x) * scale + tap; with scale < 0 at (((y, x) * grid + offset) + tap) / -scale, both exact.
+    Only columns first .. first + depth of the window are made.
+    """
+    _, H, W, C = x.shape
+    for i in range(n):
+        b, y, z = (row + i) // area, (row + i) % area // width, (row + i) % width
+        if scale < 0:
+            y, z = y * grid + offset[0], z * grid + offset[1]
+        column = 0
+        while column < depth:
+            t, c = (first + column) // C, (first + column) % C
+            run = min(C - c, depth - column)
+            if scale > 0:
+                u, v = y * scale + taps[t, 0], z * scale + taps[t, 1]
+            else:
+                u, v = (y + taps[t, 0]) // -scale, (z + taps[t, 1]) // -scale
+            if (u >= 0) & (u < H) & (v >= 0) & (v < W):
+                for j in range(run):
+                    window[i, column + j] = x[b, u, v, c + j]
+            else:
+                for j in range(run):
+                    window[i, column + j] = 0
+            column += run
+    for i in range(n, window.shape[0]):
+        for j in range(depth):
+            window[i, j] = 0
+
+
+@parallel
+def windows_product(job, worker, x, weight, bias, out, taps, geometry, scratch, block, groups):
+    """out[pixel] = bias + window(pixel) @ weight; a job makes `block` rows of one of `groups` groups of panels."""
+    rows, width, area, scale, grid, oy, ox, plain = geometry
+    P, T, C, _ = weight.shape
+    depth, O = T * C, out.shape[3]
+    OH, OW = out.shape[1], out.shape[2]
+    flat, result = x.reshape(-1, C), out.reshape(-1, O)
+    window = scratch[worker, ROWS * PANEL :].reshape(ROWS, depth)
+    tile = scratch[worker, : ROWS * PANEL].reshape(ROWS, PANEL)
+    r0, group = job // groups * block, job % groups
+    for r in range(r0, min(r0 + block, rows), ROWS):
+        n = min(ROWS, rows - r)
+        direct = plain and n == ROWS  # one tap, no border: the rows of x are the windows
+        if not direct:
+            gather(x, taps, window, r, n, width, area, (oy, ox), grid, scale, 0, depth)
+        for p in range(group * P // groups, (group + 1) * P // groups):
+            wide = min(PANEL, O - p * PANEL)
+            for i in range(n):
+                b = (r + i) // area if bias.shape[0] > 1 else 0
+                for q in range(wide):
+                    tile[i, q] = bias[b, p * PANEL + q]
+            a = at(flat, r * C) if direct else at(window, 0)
+            product(a, depth, at(weight, p * depth * PANEL), PANEL, at(tile, 0), PANEL, depth, 1)
+            for i in range(n):
+                to = r + i
+                if grid > 1:  # the rows are every grid-th pixel of the output
+                    b, y, z = to // area, to % area // width, to % width
+                    to = (b * OH + y * grid + oy) * OW + z * grid + ox
+                for q in range(wide):
+                    result[to, p * PANEL + q] = tile[i, q]
+
+
+def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0, 0)):
+    """Fill `out` (or every grid-th pixel of it from `offset` on) with bias + windows of x @ packed weight.
+
+    x (B,H,W,C), weight (panels, taps, C, 16), bias (1 or B, O), taps int64 (T, 2 or more) of (dy, dx, ...);
+    the grid of output pixels has `area` pixels, `width` wide, in each image.
+    """
+    P, T, C, _ = weight.shape
+    rows, threads = x.shape[0] * area, parallel_cpu.threads()
+    plain = T == 1 and scale == 1 and grid == 1 and not taps[0, :2].any() and area == x.shape[1] * x.shape[2]
+    geometry = np.array([rows, width, area, scale, grid, *offset, plain], np.int64)
+    block = 2 * ROWS if rows < 16 * ROWS * threads else 8 * ROWS
+    groups = 1 if rows >= 2 * threads * block else min(P, 2 * threads)
+    scratch = empty((threads, ROWS * (PANEL + T * C)))
+    windows_product(-(-rows // block) * groups, x, weight, bias, out, taps, geometry, scratch, block, groups)
+
+
+@parallel
+def windows_product_t(job, worker, x, dout, taps, geometry, partial, scratch, splits):
+    """partial[split, panel, row] = sum over the pixels of a split of window(pixel)[row] * dout[pixel, panel].
+
+    A job owns WROWS rows (tap, channel) of one split; its pixels come in order, PIXELS at a time.
+    """
+    rows, width, area, scale, depth = geometry
+    O = dout.shape[3]
+    _, P, R, _ = partial.shape
+    split, first = job % splits, job // splits * WROWS
+    high = min(WROWS, R - first)
+    valid = min(high, depth - first)
+    window = scratch[worker, : PIXELS * WROWS].reshape(PIXELS, WROWS)
+    drows = scratch[worker, PIXELS * WROWS :].reshape(PIXELS, P * PANEL)
+    flat = dout.reshape(-1, O)
+    window[:, :] = 0
+    drows[:, :] = 0
+    r0, r1 = split * rows // splits, (split + 1) * rows // splits
+    for r in range(r0, r1, PIXELS):
+        n = min(PIXELS, r1 - r)
+        gather(x, taps, window[:n], r, n, width, area, (0, 0), 1, scale, first, valid)
+        for i in range(n):
+            for o in range(O):
+                drows[i, o] = flat[r + i, o]
+        for p in range(P):
+            for c in range(0, high, ROWS_T):
+                target = at(partial, ((split * P + p) * R + first + c) * PANEL)
+                add = 0 if r == r0 else 1
+                product_t(at(window, c), WROWS, at(drows, p * PANEL), P * PANEL, target, PANEL, n, add)
+
+
+@parallel
+def add_partials(job, worker, partial, dweight):
+    """dweight[row] += the partial sums of all splits, in order; a job owns ROWS_T rows."""
+    S, P, R, _ = partial.shape
+    depth, O = dweight.shape
+    for row in range(job * ROWS_T, min(job * ROWS_T + ROWS_T, depth)):
+        for p in range(P):
+            wide = min(PANEL, O - p * PANEL)
+            for q in range(wide):
+                total = partial[0, p, row, q]
+                for s in range(1, S):
+                    total += partial[s, p, row, q]
+                dweight[row, p * PANEL + q] += total
+
+
+def weight_gradient(x, dout, dweight, taps, scale=1):
+    """dweight (taps * C, O) += sum over output pixels of window^T dout. x (B,H,W,C), dout (B,Ho,Wo,O)."""
+    depth, O = dweight.shape
+    rows = dout.shape[0] * dout.shape[1] * dout.shape[2]
+    R = -(-depth // ROWS_T) * ROWS_T
+    owners = -(-R // WROWS)
+    splits = max(1, min(-(-rows // 256), -(-16 // owners)))  # enough jobs for many threads; a matter of shape alone
+    geometry = np.array([rows, dout.shape[2], dout.shape[1] * dout.shape[2], scale, depth], np.int64)
+    partial = empty((splits, panels(O), R, PANEL))
+    scratch = empty((parallel_cpu.threads(), PIXELS * (WROWS + panels(O) * PANEL)))
+    windows_product_t(owners * splits, x, dout, taps, geometry, partial, scratch, splits)
+    add_partials(R // ROWS_T, partial, dweight)
+
+
+@parallel(flags={"contract"})
+def row_sums(job, worker, x, out):
+    """out[job] = sum of rows job * n / jobs .. (job + 1) * n / jobs of x."""
+    S, (n, O) = out.shape[0], x.shape
+    for o in range(O):
+        out[job, o] = 0
+    for r in range(job * n // S, (job + 1) * n // S):
+        for o in range(O):
+            out[job, o] += x[r, o]
+
+
+def sums(x, groups):  # (n, O) -> (groups, O)
+    out = empty((groups, x.shape[1]))
+    row_sums(groups, x, out)
+    return out

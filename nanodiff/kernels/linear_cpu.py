@@ -1,0 +1,31 @@
+"""Linear layers on the CPU: products of packed weights. Maths: linear_ref.py; the machinery: gemm_cpu.py."""
+
+import numpy as np
+
+from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
+from nanodiff.kernels.parallel_cpu import empty
+
+__all__ = ["linear_forward", "linear_backward"]
+
+HERE = np.zeros((1, 2), np.int64)  # a linear layer is a convolution with one tap: the pixel itself
+
+
+def _as_image(x):  # (..., C) -> (1, 1, N, C)
+    return x.reshape(1, 1, -1, x.shape[-1])
+
+
+def linear_forward(x, weight, bias):
+    rows, out = _as_image(x), empty((*x.shape[:-1], weight.shape[1]))
+    N = rows.shape[2]
+    convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N)
+    return out
+
+
+def linear_backward(dout, x, weight, dweight, dbias):
+    rows, drows, dx = _as_image(x), _as_image(dout), empty(x.shape)
+    N, C = rows.shape[2:]
+    zero = np.zeros((1, C), np.float32)
+    convolve(drows, packed(weight[None], transposed=True), zero, _as_image(dx), HERE, N, N)
+    weight_gradient(rows, drows, dweight, HERE)
+    dbias += sums(drows[0, 0], min(16, N)).sum(0)
+    return dx

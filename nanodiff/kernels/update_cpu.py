@@ -1,0 +1,59 @@
+"""The optimiser's passes over the flat buffers on the CPU, in chunks of a fixed size. Maths: update_ref.py."""
+
+import numpy as np
+
+from nanodiff.kernels.parallel_cpu import parallel
+
+__all__ = ["squared_norm", "adam_update"]
+
+CHUNK = 1 << 15
+f32 = np.float32
+
+
+def _chunks(n):
+    return -(-n // CHUNK)
+
+
+@parallel(flags={"contract", "reassoc"})
+def squared_chunk(job, worker, grad, sums):
+    total = 0.0
+    for start in range(job * CHUNK, min((job + 1) * CHUNK, grad.size), 256):
+        part = f32(0)  # 256 squares in float32 on SIMD lanes, then float64
+        for i in range(start, min(start + 256, grad.size)):
+            part += grad[i] * grad[i]
+        total += part
+    sums[job] = total
+
+
+def squared_norm(grad):
+    sums = np.empty(_chunks(grad.size))
+    squared_chunk(sums.size, grad, sums)
+    return sums.sum(keepdims=True)
+
+
+@parallel(flags={"contract"})
+def adam_chunk(job, worker, weights, grad, m, v, ema, state, lr, beta1, beta2, eps, clip, ema_decay):
+    if not (np.isfinite(state[0]) and np.isfinite(state[1])):
+        return
+    n = state[2]
+    scale = f32(min(1.0, clip / (np.sqrt(state[1]) + 1e-6)) if clip > 0 else 1.0)
+    step_size = f32(lr / (1 - beta1 ** (n + 1)))
+    root = f32(1 / np.sqrt(1 - beta2 ** (n + 1)))
+    b1, b2, e, keep = f32(1 - beta1), f32(1 - beta2), f32(eps), f32(1 - min(ema_decay, (1 + n) / (10 + n)))
+    start, stop = job * CHUNK, min((job + 1) * CHUNK, weights.size)
+    w, g, m, v = weights[start:stop], grad[start:stop], m[start:stop], v[start:stop]
+    for i in range(w.size):
+        d = g[i] * scale
+        m[i] += b1 * (d - m[i])
+        v[i] += b2 * (d * d - v[i])
+        w[i] -= step_size * m[i] / (np.sqrt(v[i]) * root + e)
+    if ema.size:
+        average = ema[start:stop]
+        for i in range(w.size):
+            average[i] += keep * (w[i] - average[i])
+
+
+def adam_update(weights, grad, m, v, ema, state, lr, beta1, beta2, eps, clip, ema_decay):
+    numbers = (float(c) for c in (lr, beta1, beta2, eps, clip, ema_decay))
+    adam_chunk(_chunks(weights.size), weights, grad, m, v, ema, state, *numbers)
+    state[2 if np.isfinite(state[:2]).all() else 3] += 1
