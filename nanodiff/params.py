@@ -49,7 +49,7 @@ class Params:
             if self[p].init == "one":
                 view[:] = 1
             elif self[p].init != "zero":
-                view[:] = (random_bits((view.size,), seed, i, INIT) / 2.0**31 - 1) * self[p].init
+                view[:] = (random_bits((1, view.size), seed, i, INIT)[0] / 2.0**31 - 1) * self[p].init
         self.ctx, self.data, self.grad = ctx, ctx.to_device(host), ctx.to_device(np.zeros_like(host))
         for p in self._named.values():
             p.data = self.data[p.start : p.start + p.size].reshape(p.shape)

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
-from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product
+from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product, shift
 
 product = make_product(ROWS)
 product_t = make_product(ROWS_T, transposed=True)
@@ -80,16 +80,15 @@ def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, dep
                 u, v = y * scale + taps[t, 0], z * scale + taps[t, 1]
             else:
                 u, v = (y + taps[t, 0]) // -scale, (z + taps[t, 1]) // -scale
+            to = window[i, column : column + run]
             if (u >= 0) & (u < H) & (v >= 0) & (v < W):
+                pixel = x[b, u, v, c : c + run]
                 for j in range(run):
-                    window[i, column + j] = x[b, u, v, c + j]
+                    to[j] = pixel[j]
             else:
                 for j in range(run):
-                    window[i, column + j] = 0
+                    to[j] = 0
             column += run
-    for i in range(n, window.shape[0]):
-        for j in range(depth):
-            window[i, j] = 0
 
 
 @parallel
@@ -107,6 +106,7 @@ def windows_product(job, worker, x, weight, bias, out, taps, geometry, scratch, 
         n = min(ROWS, rows - r)
         direct = plain and n == ROWS  # one tap, no border: the rows of x are the windows
         if not direct:
+            window[n:, :] = 0
             gather(x, taps, window, r, n, width, area, (oy, ox), grid, scale, 0, depth)
         for p in range(group * P // groups, (group + 1) * P // groups):
             wide = min(PANEL, O - p * PANEL)
@@ -147,8 +147,8 @@ def windows_product_t(job, worker, x, dout, taps, geometry, partial, scratch, sp
 
     A job owns WROWS rows (tap, channel) of one split; its pixels come in order, PIXELS at a time.
     """
-    rows, width, area, scale, depth = geometry
-    O = dout.shape[3]
+    rows, width, area, scale, depth, plain = geometry
+    C, O = x.shape[3], dout.shape[3]
     _, P, R, _ = partial.shape
     split, first = job % splits, job // splits * WROWS
     high = min(WROWS, R - first)
@@ -158,18 +158,22 @@ def windows_product_t(job, worker, x, dout, taps, geometry, partial, scratch, sp
     flat = dout.reshape(-1, O)
     window[:, :] = 0
     drows[:, :] = 0
+    whole = O % PANEL == 0  # then dout is its own panels, and with `plain` x its own window
     r0, r1 = split * rows // splits, (split + 1) * rows // splits
     for r in range(r0, r1, PIXELS):
         n = min(PIXELS, r1 - r)
-        gather(x, taps, window[:n], r, n, width, area, (0, 0), 1, scale, first, valid)
-        for i in range(n):
-            for o in range(O):
-                drows[i, o] = flat[r + i, o]
+        if not plain:
+            gather(x, taps, window, r, n, width, area, (0, 0), 1, scale, first, valid)
+        if not whole:
+            for i in range(n):
+                for o in range(O):
+                    drows[i, o] = flat[r + i, o]
+        a, lda = (at(x, r * C + first), C) if plain else (at(window, 0), WROWS)
+        d, ldd = (at(dout, r * O), O) if whole else (at(drows, 0), P * PANEL)
         for p in range(P):
             for c in range(0, high, ROWS_T):
                 target = at(partial, ((split * P + p) * R + first + c) * PANEL)
-                add = 0 if r == r0 else 1
-                product_t(at(window, c), WROWS, at(drows, p * PANEL), P * PANEL, target, PANEL, n, add)
+                product_t(shift(a, c), lda, shift(d, p * PANEL), ldd, target, PANEL, n, 0 if r == r0 else 1)
 
 
 @parallel
@@ -194,7 +198,8 @@ def weight_gradient(x, dout, dweight, taps, scale=1):
     R = -(-depth // ROWS_T) * ROWS_T
     owners = -(-R // WROWS)
     splits = max(1, min(-(-rows // 256), -(-16 // owners)))  # enough jobs for many threads; a matter of shape alone
-    geometry = np.array([rows, dout.shape[2], dout.shape[1] * dout.shape[2], scale, depth], np.int64)
+    plain = len(taps) == 1 and scale == 1 and not taps[0, :2].any() and depth % ROWS_T == 0
+    geometry = np.array([rows, dout.shape[2], dout.shape[1] * dout.shape[2], scale, depth, plain], np.int64)
     partial = empty((splits, panels(O), R, PANEL))
     scratch = empty((parallel_cpu.threads(), PIXELS * (WROWS + panels(O) * PANEL)))
     windows_product_t(owners * splits, x, dout, taps, geometry, partial, scratch, splits)

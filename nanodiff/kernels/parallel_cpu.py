@@ -44,8 +44,8 @@ VECTOR = _vector_width()
 
 
 def _cache_folder():
-    """A folder that changes with any `_cpu` source: Numba itself looks only at the file of the function."""
-    sources = sorted(pathlib.Path(__file__).parent.glob("*_cpu.py"))
+    """A folder that changes with any source of the kernels: Numba itself looks only at the file of the function."""
+    sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(f"{VECTOR} {numba.__version__}".encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -79,12 +79,12 @@ def njit(function=None, *, flags=()):
 def _fork(typingctx, body, jobs, threads, args):
     """Run body(job, worker, *args) for every job, on Numba's thread pool."""
     signature = types.void(body, types.intp, types.intp, args)
-    body_signature = typingctx.resolve_function_type(body, (types.intp, types.intp, *args.types), {})
+    body_signature = types.void(types.intp, types.intp, *args.types)
 
     def codegen(context, b, _, values):
         _, jobs, threads, args_value = values
-        compiled = body.dispatcher.get_compile_result(body_signature)
-        context.active_code_library.add_linking_library(compiled.library)
+        # compiled into the launcher, with its flags, and never on its own: half the work of a second njit function
+        compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature)
         # shared = {next job, number of jobs, the arguments}; every thread gets its address
         shared_type = ir.LiteralStructType([I64, I64, args_value.type])
         shared = cgutils.alloca_once(b, shared_type)
@@ -150,10 +150,10 @@ def parallel(function=None, *, flags=()):
         co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno,
     )  # fmt: skip
     launch = pytypes.FunctionType(
-        code, {"_fork": _fork, "body": njit(function, flags=flags), "__name__": function.__module__}
+        code, {"_fork": _fork, "body": numba.njit(function), "__name__": function.__module__}
     )
     launch.__module__ = function.__module__
-    launch = njit(launch)
+    launch = njit(launch, flags=flags)
 
     def call(jobs, *args):
         launch(jobs, min(jobs, _threads), *args)

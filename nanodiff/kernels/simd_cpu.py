@@ -181,3 +181,13 @@ def _data_pointer(element):
 
 at = _data_pointer(types.float32)  # at(a, i): the address of a.flat[i] of a contiguous float32 array
 table_at = _data_pointer(types.int64)  # the same of an int64 array of addresses
+
+
+@intrinsic
+def shift(typingctx, address, offset):
+    """The address `offset` floats further on."""
+
+    def codegen(context, b, signature, args):
+        return b.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.intp), codegen
