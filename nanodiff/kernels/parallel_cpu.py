@@ -4,16 +4,18 @@
     @parallel                 a body(job, worker, *args), called as body(jobs, *args): the jobs run on all threads
     empty(shape)              an aligned array whose memory is used again once nobody refers to it
 
-Numba's own `prange` costs about a second of compilation for each loop. `@parallel` hands the same thread pool
-one small compiled function instead (0.2 s), in which every thread takes the next job from a shared counter:
-a slow core takes fewer. Which thread runs a job never changes its result: a job owns its outputs, and `worker`
-(0 .. threads-1) picks nothing but scratch memory.
+Numba's own `prange` costs about a second of compilation for each loop, and its threads wait for one another even
+when one of them never got a core. `@parallel` compiles the body once, serially, and every thread takes the next
+job from a shared counter: a slow core takes fewer. Which thread runs a job never changes its result: a job owns
+its outputs, and `worker` (0 .. threads-1) picks nothing but scratch memory.
 """
 
+import atexit
 import hashlib
 import math
 import os
 import pathlib
+import threading
 import types as pytypes
 
 import llvmlite.binding as llvm
@@ -23,7 +25,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.ufunc import parallel as pool
 
 I8P, I64 = ir.IntType(8).as_pointer(), ir.IntType(64)
 
@@ -75,69 +76,160 @@ def njit(function=None, *, flags=()):
         numba.config.CACHE_DIR = before
 
 
+# ---- threads ----
+# The pool is a few numbers in memory that every thread looks at, each on a cache line of its own:
+#   TICKET  threads << 48 | number of jobs << 24 | next job: whoever moves it on by 1, atomically, owns that job
+#   TASK    address of the compiled task(arguments, job, worker);   ARGS  address of its arguments
+#   DONE    jobs that workers have finished;   BUSY  1 while a caller uses the pool;   STOP  1 when the program ends
+# The calling thread takes jobs like any other and waits only for jobs that somebody has begun. A worker that the
+# operating system leaves waiting (another program has its core) therefore delays nobody; OpenMP's barriers do.
+TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
+FIELD, MASK = 24, (1 << 24) - 1
+SPINS = 4000  # looks, of some 20 ns each, before a thread without work goes to sleep
+NAP = 50  # microseconds
+
+
+def _i64(value):
+    return ir.Constant(I64, value)
+
+
+class _Pool:
+    """Emits reads and writes of the pool's numbers into a function that is being built."""
+
+    def __init__(self, b, base):
+        self.b, self.base = b, base
+
+    def at(self, field):
+        return self.b.gep(self.base, [_i64(field)])
+
+    def load(self, field):
+        return self.b.load_atomic(self.at(field), "acquire", 8)
+
+    def store(self, field, value):
+        self.b.store_atomic(value, self.at(field), "release", 8)
+
+    def take(self, ticket):
+        """Try to move the ticket on: an i1, whether it worked."""
+        moved = self.b.add(ticket, _i64(1))
+        return self.b.extract_value(self.b.cmpxchg(self.at(TICKET), ticket, moved, "acq_rel", "acquire"), 1)
+
+    def call(self, ticket, worker):
+        """Run the job of a ticket that was taken, and count it."""
+        ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
+        task = self.b.inttoptr(self.load(TASK), ftype.as_pointer())
+        self.b.call(task, [self.b.inttoptr(self.load(ARGS), I8P), self.b.and_(ticket, _i64(MASK)), worker])
+        self.b.atomic_rmw("add", self.at(DONE), _i64(1), "acq_rel")
+
+    def wait(self, spins, nap):
+        """A moment of waiting: a pause of the processor, or once `spins` are used up, of the thread."""
+        b = self.b
+        with b.if_else(b.icmp_signed("<", spins, _i64(SPINS))) as (spin, sleep):
+            with spin:  # lets the other hyper-thread of the core run
+                if llvm.get_process_triple().startswith(("x86_64", "i686")):
+                    ftype = ir.FunctionType(ir.VoidType(), [])
+                    b.call(cgutils.get_or_insert_function(b.module, ftype, "llvm.x86.sse2.pause"), [])
+            with sleep:
+                name, unit = ("Sleep", 1000) if os.name == "nt" else ("usleep", 1)
+                ftype = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
+                function = cgutils.get_or_insert_function(b.module, ftype, name)
+                b.call(function, [ir.Constant(ir.IntType(32), -(-nap // unit))])
+
+
 @intrinsic
-def _fork(typingctx, body, jobs, threads, args):
-    """Run body(job, worker, *args) for every job, on Numba's thread pool."""
-    signature = types.void(body, types.intp, types.intp, args)
+def _serve(typingctx, pool, worker):
+    """What worker number `worker` (1, 2, ...) does until STOP."""
+
+    def codegen(context, b, _, args):
+        p = _Pool(b, b.inttoptr(args[0], I64.as_pointer()))
+        spins = cgutils.alloca_once_value(b, _i64(0))
+        look, mine, work, idle, done = (b.append_basic_block(n) for n in ("look", "mine", "work", "idle", "done"))
+        b.branch(look)
+        b.position_at_end(look)
+        ticket = p.load(TICKET)
+        jobs, threads = b.and_(b.lshr(ticket, _i64(FIELD)), _i64(MASK)), b.lshr(ticket, _i64(2 * FIELD))
+        wanted = b.and_(
+            b.icmp_unsigned("<", b.and_(ticket, _i64(MASK)), jobs), b.icmp_unsigned("<", args[1], threads)
+        )
+        b.cbranch(wanted, mine, idle)
+        b.position_at_end(mine)
+        b.cbranch(p.take(ticket), work, look)
+        b.position_at_end(work)
+        p.call(ticket, args[1])
+        b.store(_i64(0), spins)
+        b.branch(look)
+        b.position_at_end(idle)
+        p.wait(b.load(spins), NAP)
+        b.store(b.add(b.load(spins), _i64(1)), spins)
+        b.cbranch(b.icmp_signed("!=", p.load(STOP), _i64(0)), done, look)
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), codegen
+
+
+@intrinsic
+def _fork(typingctx, body, pool, jobs, threads, args):
+    """Run body(job, worker, *args) for every job: on the pool, or here if it is in use or one thread is asked for."""
     body_signature = types.void(types.intp, types.intp, *args.types)
 
     def codegen(context, b, _, values):
-        _, jobs, threads, args_value = values
+        _, base, jobs, threads, args_value = values
         # compiled into the launcher, with its flags, and never on its own: half the work of a second njit function
         compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature)
-        # shared = {next job, number of jobs, the arguments}; every thread gets its address
-        shared_type = ir.LiteralStructType([I64, I64, args_value.type])
-        shared = cgutils.alloca_once(b, shared_type)
-        for i, value in enumerate((ir.Constant(I64, 0), jobs, args_value)):
-            b.store(value, cgutils.gep_inbounds(b, shared, 0, i))
-
-        # the pool calls task(address of address + worker, ...): with one "array" of stride 1 that starts at `shared`
-        ftype = ir.FunctionType(
-            ir.VoidType(), [I8P.as_pointer(), I64.as_pointer(), I64.as_pointer(), I8P]
-        )
+        shared = cgutils.alloca_once_value(b, args_value)
+        ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
         task = ir.Function(b.module, ftype, b.module.get_unique_name("task"))
         task.linkage = "internal"
         tb = ir.IRBuilder(task.append_basic_block("entry"))
-        data = tb.bitcast(task.args[3], shared_type.as_pointer())
-        worker = tb.sub(tb.ptrtoint(tb.load(task.args[0]), I64), tb.ptrtoint(task.args[3], I64))
-        counter = cgutils.gep_inbounds(tb, data, 0, 0)
-        total = tb.load(cgutils.gep_inbounds(tb, data, 0, 1))
-        args_here = tb.load(cgutils.gep_inbounds(tb, data, 0, 2))
-        take, work, done = (task.append_basic_block(n) for n in ("take", "work", "done"))
-        tb.branch(take)
-        tb.position_at_end(take)
-        job = tb.atomic_rmw("add", counter, ir.Constant(I64, 1), "monotonic")
-        tb.cbranch(tb.icmp_signed("<", job, total), work, done)
-        tb.position_at_end(work)
-        unpacked = [tb.extract_value(args_here, i) for i in range(len(args.types))]
-        context.call_internal_no_propagate(tb, compiled.fndesc, body_signature, [job, worker, *unpacked])
-        tb.branch(take)
-        tb.position_at_end(done)
+        unpacked = cgutils.unpack_tuple(tb, tb.load(tb.bitcast(task.args[0], args_value.type.as_pointer())))
+        context.call_internal_no_propagate(tb, compiled.fndesc, body_signature, [*task.args[1:], *unpacked])
         tb.ret_void()
 
-        base = b.bitcast(shared, I8P)
-        address, count, stride = (cgutils.alloca_once(b, t) for t in (I8P, I64, I64))
-        b.store(base, address)
-        b.store(threads, count)
-        b.store(ir.Constant(I64, 1), stride)
-        with b.if_else(b.icmp_signed("<=", threads, ir.Constant(I64, 1))) as (alone, together):
-            with alone:
-                b.call(task, [address, count, stride, base])
+        data, p = b.bitcast(shared, I8P), _Pool(b, b.inttoptr(base, I64.as_pointer()))
+        alone = cgutils.alloca_once_value(b, b.icmp_signed("<=", threads, _i64(1)))
+        with b.if_then(b.not_(b.load(alone))):
+            free = b.extract_value(b.cmpxchg(p.at(BUSY), _i64(0), _i64(1), "acq_rel", "acquire"), 1)
+            b.store(b.not_(free), alone)
+        with b.if_else(b.load(alone)) as (here, together):
+            with here, cgutils.for_range(b, jobs) as loop:
+                b.call(task, [data, loop.index, _i64(0)])
             with together:
-                rest = [I8P.as_pointer(), I64.as_pointer(), I64.as_pointer(), I8P, I64, I64, I64]
-                entry = cgutils.get_or_insert_function(
-                    b.module, ir.FunctionType(ir.VoidType(), [I8P, *rest]), "numba_parallel_for"
+                p.store(TASK, b.ptrtoint(task, I64))
+                p.store(ARGS, b.ptrtoint(data, I64))
+                p.store(DONE, _i64(0))
+                p.store(TICKET, b.or_(b.shl(threads, _i64(2 * FIELD)), b.shl(jobs, _i64(FIELD))))
+                look, mine, work, rest, end = (
+                    b.append_basic_block(n) for n in ("look", "mine", "work", "rest", "end")
                 )
-                one = ir.Constant(I64, 1)
-                none = ir.Constant(I64, 0)
-                b.call(entry, [b.bitcast(task, I8P), address, count, stride, base, none, one, threads])
+                b.branch(look)
+                b.position_at_end(look)
+                ticket = p.load(TICKET)
+                b.cbranch(b.icmp_unsigned("<", b.and_(ticket, _i64(MASK)), jobs), mine, rest)
+                b.position_at_end(mine)
+                b.cbranch(p.take(ticket), work, look)
+                b.position_at_end(work)
+                p.call(ticket, _i64(0))
+                b.branch(look)
+                b.position_at_end(rest)
+                spins = cgutils.alloca_once(b, I64)
+                b.store(_i64(0), spins)
+                again, ready = b.append_basic_block("again"), b.append_basic_block("ready")
+                b.branch(again)
+                b.position_at_end(again)
+                p.wait(b.load(spins), NAP)
+                b.store(b.add(b.load(spins), _i64(1)), spins)
+                b.cbranch(b.icmp_signed("<", p.load(DONE), jobs), again, ready)
+                b.position_at_end(ready)
+                p.store(BUSY, _i64(0))
+                b.branch(end)
+                b.position_at_end(end)
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(body, types.intp, types.intp, types.intp, args), codegen
 
 
-def _launch(jobs, threads, *args):
-    _fork(body, jobs, threads, args)  # noqa: F821  (`body` is put into the globals of each copy below)
+def _launch(pool, jobs, threads, *args):
+    _fork(body, pool, jobs, threads, args)  # noqa: F821  (`body` is put into the globals of each copy below)
 
 
 def parallel(function=None, *, flags=()):
@@ -156,15 +248,21 @@ def parallel(function=None, *, flags=()):
     launch = njit(launch, flags=flags)
 
     def call(jobs, *args):
-        launch(jobs, min(jobs, _threads), *args)
+        launch(_POOL, jobs, min(jobs, _threads), *args)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     return call
 
 
-# ---- threads ----
-_threads = numba.config.NUMBA_NUM_THREADS
-pool._launch_threads()
+@njit
+def serve(pool, worker):
+    _serve(pool, worker)
+
+
+_threads = 1
+_numbers = np.zeros(64, np.int64)
+_POOL = _numbers.ctypes.data
+_workers = []
 
 
 def max_threads():
@@ -176,8 +274,24 @@ def threads():
 
 
 def set_threads(n):
+    """Use n threads from now on: the calling one and n - 1 workers."""
     global _threads
+    while len(_workers) < n - 1:
+        worker = threading.Thread(target=serve, args=(_POOL, len(_workers) + 1), daemon=True)
+        worker.start()
+        _workers.append(worker)
     _threads = n
+
+
+@atexit.register
+def _stop():
+    """Before the interpreter frees the code that the workers run."""
+    _numbers[STOP] = 1
+    for worker in _workers:
+        worker.join()
+
+
+set_threads(max_threads())
 
 
 # ---- memory ----

@@ -1,0 +1,359 @@
+"""Training: one step, and the loop around it, flat, for the loop is the documentation.
+
+NumPy and the kernels are imported inside the functions: the command line reads TrainSettings from here, and
+`python -m nanodiff --help` must not wait for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+# What a setting left at None becomes, by the name of the data; "other" fills what a set leaves open.
+PRESETS = {
+    "glyphs": dict(steps=1500, channels=(16, 32, 64), layers=1, lr=2e-3),
+    "mnist": dict(steps=8000, channels=(32, 64, 128), layers=1, lr=1e-3),
+    "cifar10": dict(steps=100_000, batch=64, channels=(64, 128, 256), lr=3e-4, ema=0.9995),
+    "other": dict(steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, lr=5e-4, ema=0.999),
+}
+GROUPS, HEAD = 8, 8  # of every GroupNorm; width of an attention head
+PREVIEWS, PREVIEW_STEPS, FINAL_STEPS = 16, 20, 50  # images, DDIM steps while training, DDIM steps at the end
+PATIENCE = 5  # skipped steps in a row that end a run
+FREE = {
+    "data",
+    "out",
+    "device",
+    "threads",
+    "log_every",
+    "sample_every",
+    "save_every",
+    "samples",
+}  # on resuming
+
+
+def _setting(default, kind, help, low=None, high=math.inf, choices=None):
+    return field(default=default, metadata=dict(kind=kind, help=help, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of a run, checked when made (NanodiffError). None: chosen by the data (PRESETS), or off.
+
+    The command line makes a flag of each. `size` and `channels` also take text: "28x20", "32,64,128".
+    """
+
+    data: str = _setting("glyphs", str, "glyphs, mnist, cifar10, a folder of images, or an .npz file")
+    out: str | None = _setting(None, str, "run folder (default: runs/<data>); one that holds a run goes on")
+    steps: int | None = _setting(None, int, "training steps in all, earlier runs included", 1, 10**8 - 1)
+    batch: int | None = _setting(None, int, "images per step", 1)
+    lr: float | None = _setting(None, float, "peak learning rate of Adam", 0, 1)
+    warmup: int = _setting(100, int, "steps over which the learning rate rises to its peak", 0)
+    decay: str = _setting("constant", str, "after it; cosine fixes --steps", choices=("constant", "cosine"))
+    clip: float = _setting(1.0, float, "largest norm of the gradient; 0: any", 0)
+    ema: float | None = _setting(None, float, "largest decay of the averaged weights; 0: none", 0, 0.999999)
+    seed: int = _setting(0, int, "of weights, order, noise and samples", 0, 2**64 - 1)
+    device: str = _setting("cpu", str, "ref is slow plain NumPy", choices=("cpu", "gpu", "cuda", "ref"))
+    threads: int | None = _setting(None, int, "CPU threads; the results do not depend on it", 1)
+    size: tuple | None = _setting(None, tuple, "side or HxW to make the images (default: as they are)", 1)
+    flip: bool = _setting(False, bool, "mirror half of the images, anew at every step")
+    channels: tuple | None = _setting(None, tuple, "widths of the UNet's levels, such as 32,64,128", 1)
+    layers: int | None = _setting(None, int, "residual blocks per level", 1)
+    attention: int = _setting(1, int, "how many of the deepest levels have attention", 0)
+    dropout: float = _setting(0.0, float, "share of activations dropped in residual blocks", 0, 0.95)
+    schedule: str = _setting("cosine", str, "of the noise", choices=("cosine", "linear"))
+    prediction: str = _setting("eps", str, "what the network predicts", choices=("eps", "x0", "v"))
+    timesteps: int = _setting(1000, int, "steps of the noise schedule", 1)
+    log_every: int = _setting(20, int, "steps per line of stats.jsonl", 1)
+    sample_every: int = _setting(500, int, "steps between sample grids", 1)
+    save_every: int = _setting(500, int, "steps between checkpoints", 1)
+    samples: int = _setting(64, int, "images in the final grid", 1)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata
+            kind, low, high = rule["kind"], rule["low"], rule["high"]
+            if value is None and f.default is None:
+                continue
+            if kind is tuple:
+                with contextlib.suppress(ValueError, TypeError):
+                    value = (
+                        str(value).replace("x", ",").split(",") if isinstance(value, (str, int)) else value
+                    )
+                    value = tuple(map(int, value)) * (2 if f.name == "size" and len(value) == 1 else 1)
+                    object.__setattr__(self, f.name, value)
+            limit, numbers = None, value if kind is tuple else (value,)
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
+                kind is bool
+            ):
+                limit = {tuple: "integers such as 32,64 or 28x20", str: "text", int: "an integer"}.get(
+                    kind, kind.__name__
+                )
+            elif rule["choices"] and value not in rule["choices"]:
+                limit = f"one of {', '.join(rule['choices'])}"
+            elif low is not None and not all(low <= n <= high for n in numbers):
+                limit = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            elif f.name == "size" and len(value) != 2:
+                limit = "one side or HxW, such as 28x20"
+            if limit:
+                raise _error(f"{f.name} = {value!r}: must be {limit}")
+
+    def for_data(self, name):
+        """These settings, what was left open chosen for the data `name`."""
+        preset = {**PRESETS["other"], **PRESETS.get(name, {})}
+        return replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
+
+
+def _error(text):
+    from nanodiff.context import NanodiffError
+
+    return NanodiffError(text)
+
+
+def unet_config(s, H, W, C):
+    """UNetConfig of a run with settings `s` on images (H, W, C)."""
+    from nanodiff.unet import UNetConfig
+
+    levels, deep = len(s.channels), s.attention
+    if deep > levels:
+        raise _error(f"attention = {deep}: must be from 0 to {levels}, the levels in --channels")
+    stride = 2 ** (levels - 1)
+    if H % stride or W % stride:
+        near = "x".join(str(max(1, round(side / stride)) * stride) for side in (H, W))
+        remedy = f"use --size {near} or fewer --channels"
+        raise _error(f"images are {H}x{W}: {levels} levels need sides divisible by {stride}; {remedy}")
+    return UNetConfig(
+        sample_size=H if H == W else (H, W), in_channels=C, out_channels=C, block_out_channels=s.channels,
+        layers_per_block=s.layers, dropout=s.dropout, norm_num_groups=GROUPS, attention_head_dim=HEAD,
+        down_block_types=("DownBlock2D",) * (levels - deep) + ("AttnDownBlock2D",) * deep,
+        up_block_types=("AttnUpBlock2D",) * deep + ("UpBlock2D",) * (levels - deep),
+    )  # fmt: skip
+
+
+def train_step(model, opt, diff, x0, labels=None, key=(0, 0), lr=None):
+    """One step of training (Ho et al. 2020, algorithm 1); returns the loss, a float.
+
+    x0      (B,H,W,C) float images in [-1, 1], of the host or the device
+    labels  (B,) integers, or None
+    key     (seed, step): decides the diffusion times, the noise and the dropout
+    lr      learning rate of this step; None: the optimiser's own
+
+    A step whose loss or gradient is not finite changes no weight (`opt.state[3]` counts those).
+    """
+    import numpy as np
+
+    from nanodiff.kernels.random_ref import NOISE, TIME
+
+    if getattr(x0, "ndim", 0) != 4 or x0.dtype.kind != "f":
+        what = f"{x0.dtype} {x0.shape}" if hasattr(x0, "dtype") else type(x0).__name__
+        raise _error(f"x0 is {what}: must be float (B,H,W,C) in [-1, 1]; data.to_float makes it of uint8")
+    ctx, k = model.ctx, model.ctx.k
+    x0 = ctx.to_device(x0)
+    words = ctx.to_host(k.random_bits((len(x0),), *key, TIME)).astype(np.uint64)
+    t = (words * np.uint64(diff.timesteps) >> np.uint64(32)).astype(np.int64)  # uniform in [0, T)
+    a, s = (ctx.to_device(scale) for scale in diff.scales(t))
+    eps = ctx.to_device(k.normal(x0.shape, *key, NOISE))
+    xt, target = k.q_sample(x0, eps, a, s, diff.prediction)
+    loss, dout = k.mse_loss(model.forward(xt, t, labels, key=key), target)
+    model.params.grad[...] = 0
+    model.backward(dout)
+    opt.step(loss, lr=lr)
+    return float(ctx.to_host(loss)[0])
+
+
+def sample_images(
+    model, diff, shape, count, sampler="ddim", batch=PREVIEWS, frames=None, tick=None, **options
+):
+    """`count` images of `shape` (H, W, C), drawn `batch` at a time; how many at a time changes none of them.
+
+    options   what ddim_sample or ddpm_sample take: steps, eta, seed, ...
+    frames    a list: gets uint8 grids of the first batch on its way from noise to image, about 50
+    tick      called after each step of each batch
+    """
+    import numpy as np
+
+    from nanodiff import samplers
+    from nanodiff.images import grid
+
+    for name, value in (("count", count), ("batch", batch)):
+        if not isinstance(value, int) or value < 1:
+            raise _error(f"{name} = {value!r}: must be an integer of at least 1")
+
+    def watch(i, n, t, x, x0):
+        if tick:
+            tick()
+        if frames is not None and not images and (i % math.ceil(n / 50) == 0 or i == n - 1):
+            frames.append(grid(x, scale=zoom(shape)))
+
+    images, draw = [], getattr(samplers, f"{sampler}_sample")
+    for first in range(0, count, batch):
+        B = min(batch, count - first)
+        images.append(draw(model, diff, (B, *shape), first=first, callback=watch, **options))
+    return np.concatenate(images)
+
+
+def zoom(shape):
+    """How much to enlarge images of (H, W, C) in a grid, so that they can be seen."""
+    return max(1, 64 // max(shape[:2]))
+
+
+@contextlib.contextmanager
+def _stop_asked():
+    """A list that the first Ctrl-C or SIGTERM makes non-empty; the second acts as it always does."""
+    asked, before = [], {}
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    with contextlib.suppress(ValueError):  # signals are the main thread's
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(settings=None):
+    """Train, or go on training, as `settings` (TrainSettings) say; returns the run folder.
+
+    RUN/run.json, checkpoints/   see checkpoint.py
+    RUN/stats.jsonl              a line per `log_every` steps: step, loss (their mean), lr, grad_norm,
+                                 images_per_s, seconds, skipped (steps whose loss or gradient was not finite)
+    RUN/samples/000500.png       the same noise denoised every time: raw weights left, averaged ones right
+    RUN/samples.png, steps.gif, loss.png   at the end
+
+    The same settings again resume, with the same bits as if there had been no break. More `steps` extend a
+    run, except with decay="cosine", whose learning rate depends on them. The first Ctrl-C or SIGTERM lets the
+    step end, writes a checkpoint and returns. A NanodiffError comes before anything on disk is touched: for
+    settings that contradict the run in `out`, for a folder that holds something else, for one being trained.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from nanodiff import __version__, checkpoint, context, data, images, optim
+    from nanodiff.diffusion import Diffusion
+    from nanodiff.unet import UNet
+
+    # Everything is made, and so checked, before the run folder is touched
+    s = settings or TrainSettings()
+    s = s.for_data(s.data) if s.data in PRESETS else s
+    if s.threads:
+        context.set_threads(s.threads)
+    source = data.load_data(s.data, size=s.size)
+    s = s.for_data(source.name)
+    N, *shape = source.images.shape
+    model = UNet(unet_config(s, *shape), device=s.device, seed=s.seed)
+    opt = optim.Adam(model.params, lr=s.lr, clip=s.clip or None, ema=s.ema or None)
+    diff = Diffusion(s.timesteps, s.schedule, s.prediction)
+    views = [contextlib.nullcontext, opt.with_ema][: 2 if s.ema else 1]  # raw weights, averaged ones
+    folder = Path(s.out or Path("runs") / source.name)
+    described = dict(name=source.name, images=N, sha256=hashlib.sha256(source.images).hexdigest())
+    run = dict(
+        version=__version__, settings=asdict(s), data=described, shape=shape, classes=source.classes,
+        model=model.config.to_dict(), diffusion=diff.to_dict(), finished=None,
+    )  # fmt: skip
+    run = checkpoint.match_run(folder, run, FREE if s.decay == "cosine" else FREE | {"steps"})
+
+    step, window, seconds, row = 0, [], 0.0, 0  # losses since the last line of stats; steps skipped in a row
+    with checkpoint.claim(folder):
+        saved = checkpoint.load_checkpoint(folder, aside=True)
+        if saved:
+            checkpoint.restore(saved, model, opt)
+            step, window, seconds = saved.step, saved.meta["window"], saved.meta["seconds"]
+        if step > s.steps or step == run["finished"] == s.steps:
+            print(f"{folder} is finished: it has {step} steps; a larger --steps than that extends it")
+            return folder
+        checkpoint.write_file(folder / "run.json", json.dumps(run, indent=2) + "\n")
+        records = checkpoint.read_stats(folder, step)
+        checkpoint.write_file(folder / "stats.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        (folder / "samples").mkdir(exist_ok=True)
+        place = "x".join(map(str, shape)) + f"; {model.params.count:,} weights; {s.device}; in {folder}"
+        print(f"{source.name}: {N} images {place}{f', from step {step}' if step else ''}", flush=True)
+
+        def save():
+            os.fsync(stats.fileno())
+            spent = time.perf_counter() - begun
+            checkpoint.save_checkpoint(folder, step, model, opt, window=window, seconds=spent)
+
+        begun, said, busy, fresh = time.perf_counter() - seconds, time.perf_counter(), 0.0, 0
+        skipped, kept = float(model.ctx.to_host(opt.state)[3]), step
+        with (
+            _stop_asked() as asked,
+            open(folder / "stats.jsonl", "a") as stats,
+            tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,  # none without a terminal
+        ):
+            while step < s.steps and not asked:
+                start = time.perf_counter()
+                x0 = source.images[data.batch_indices(N, s.batch, step, s.seed)]
+                x0 = data.to_float(data.flip(x0, s.seed, step) if s.flip else x0)
+                lr = optim.learning_rate(step, s.steps, s.lr, s.warmup, s.decay)
+                loss = train_step(model, opt, diff, x0, key=(s.seed, step), lr=lr)
+                step += 1
+                bar.update()
+                window.append(loss)
+                busy, fresh = busy + time.perf_counter() - start, fresh + 1
+
+                _, norm2, _, count = map(float, model.ctx.to_host(opt.state))
+                row, skipped = row + 1 if count > skipped else 0, count
+                if row == PATIENCE:
+                    which = f"steps {step - row + 1} to {step} had no finite loss or gradient"
+                    remedy = "train into another --out with a smaller --lr or --clip"
+                    raise _error(f"{which} (loss {loss}, lr {lr:g}) and changed no weight: {remedy}")
+                if step % s.log_every == 0:
+                    finite = [x for x in window if math.isfinite(x)] or [None]
+                    mean = finite[0] and sum(finite) / len(finite)
+                    norm = math.sqrt(norm2) if math.isfinite(norm2) else None
+                    rate, spent = s.batch * fresh / busy, time.perf_counter() - begun
+                    records.append(dict(
+                        step=step, loss=mean, lr=lr, grad_norm=norm, images_per_s=round(rate, 1),
+                        seconds=round(spent, 2), skipped=int(skipped),
+                    ))  # fmt: skip
+                    stats.write(json.dumps(records[-1]) + "\n")
+                    stats.flush()
+                    line = {"loss": f"{mean or math.nan:.4f}", "images/s": f"{rate:.0f}"}
+                    bar.set_postfix(line)
+                    if bar.disable and time.perf_counter() > said + 10:
+                        said, left = time.perf_counter(), (s.steps - step) * busy / fresh
+                        words = "  ".join(f"{key} {value}" for key, value in line.items())
+                        print(f"step {step} of {s.steps}  {words}  {left / 60:.1f} min left", flush=True)
+                    window, busy, fresh = [], 0.0, 0
+                if step % s.sample_every == 0 and not asked:
+                    grids, steps = [], min(PREVIEW_STEPS, s.timesteps)
+                    for weights in views:
+                        with weights():
+                            x = sample_images(
+                                model, diff, shape, min(PREVIEWS, s.samples), steps=steps, seed=s.seed
+                            )
+                        grids.append(images.grid(x, scale=zoom(shape)))
+                    images.save_png(folder / "samples" / f"{step:06d}.png", np.concatenate(grids, axis=1))
+                if step % s.save_every == 0:
+                    save()
+                    kept = step
+            if kept < step:
+                save()
+        if step < s.steps:
+            print(f"stopped at step {step} of {s.steps}; the same command goes on from there")
+            return folder
+
+        frames, steps = [], min(FINAL_STEPS, s.timesteps)
+        with views[-1]():
+            x = sample_images(model, diff, shape, s.samples, frames=frames, steps=steps, seed=s.seed)
+        images.save_png(folder / "samples.png", images.grid(x, scale=zoom(shape)))
+        images.save_gif(folder / "steps.gif", frames)
+        drawn = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]
+        if drawn:
+            images.loss_curve(folder / "loss.png", *zip(*drawn))
+        run["finished"] = step
+        checkpoint.write_file(folder / "run.json", json.dumps(run, indent=2) + "\n")
+        spent = (time.perf_counter() - begun) / 60
+        print(f"finished: {step} steps in {spent:.1f} min; see {folder / 'samples.png'}")
+    return folder
