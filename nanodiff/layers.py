@@ -45,9 +45,9 @@ class Linear(Layer):
         super().__init__(net)
         self.weight, self.bias = self.weights(name, (C, O), C, O, zero)
 
-    def forward(self, x):  # (..., C) -> (..., O)
+    def forward(self, x, residual=None):  # (..., C) -> (..., O)
         self.save(x)
-        return self.k.linear_forward(x, self.weight.data, self.bias.data)
+        return self.k.linear_forward(x, self.weight.data, self.bias.data, residual)
 
     def backward(self, dout):
         (x,) = self.saved()
@@ -62,10 +62,10 @@ class Conv2d(Layer):
         self.stride, self.pad = stride, pad or (K // 2, K // 2)
         self.weight, self.bias = self.weights(name, (K, K, C, O), K * K * C, K * K * O, zero)
 
-    def forward(self, x, emb=None):  # (B,H,W,C), (B,O) -> (B,Ho,Wo,O)
+    def forward(self, x, emb=None, residual=None):  # (B,H,W,C), (B,O), (B,Ho,Wo,O) -> (B,Ho,Wo,O)
         self.save(x)
         weight = self._prepared(*x.shape[1:3])
-        return self.k.conv_forward(x, weight, self.bias.data, self.stride, self.pad, emb)
+        return self.k.conv_forward(x, weight, self.bias.data, self.stride, self.pad, emb, residual)
 
     def _prepared(self, H, W):
         kept = self.ctx.frozen  # a dictionary while the weights do not change, else None
@@ -98,11 +98,11 @@ class GroupNorm(Layer):
         self.save(x, mean, rstd)
         return out
 
-    def backward(self, dout):
+    def backward(self, dout, residual=None):  # residual: a gradient that reached x by another way
         x, mean, rstd = self.saved()
         return self.k.groupnorm_backward(
             dout, x, mean, rstd, self.weight.data, self.bias.data, self.groups, self.silu,
-            self.weight.grad, self.bias.grad,
+            self.weight.grad, self.bias.grad, residual,
         )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ class Attention(Layer):
         q, k, v = self.to_q.forward(h), self.to_k.forward(h), self.to_v.forward(h)
         out, lse = self.k.attention_forward(q, k, v, self.heads)
         self.save(q, k, v, out, lse)
-        return self.k.add(x, self.to_out.forward(out).reshape(x.shape))
+        return self.to_out.forward(out, residual=x.reshape(h.shape)).reshape(x.shape)
 
     def backward(self, dout):
         B, H, W, C = dout.shape
@@ -131,7 +131,7 @@ class Attention(Layer):
         dq, dk, dv = self.k.attention_backward(dh, q, k, v, out, lse, self.heads)
         dh = self.k.add(self.to_q.backward(dq), self.to_k.backward(dk))  # h fed q, k and v
         dh = self.k.add(dh, self.to_v.backward(dv))
-        return self.k.add(dout, self.norm.backward(dh.reshape(dout.shape)))  # x fed the block and the residual
+        return self.norm.backward(dh.reshape(dout.shape), residual=dout)  # x fed the block and the residual
 
 
 class Upsample(Layer):

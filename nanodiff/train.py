@@ -23,7 +23,7 @@ PRESETS = {
     "cifar10": dict(steps=100_000, batch=64, channels=(64, 128, 256), lr=3e-4, ema=0.9995),
     "other": dict(steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, lr=5e-4, ema=0.999),
 }
-GROUPS, HEAD = 8, 8  # of every GroupNorm; width of an attention head
+GROUPS, HEAD = 8, 32  # of every GroupNorm; width of an attention head
 PREVIEWS, PREVIEW_STEPS, FINAL_STEPS = 16, 20, 50  # images, DDIM steps while training, DDIM steps at the end
 PATIENCE = 5  # skipped steps in a row that end a run
 FREE = {

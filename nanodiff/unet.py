@@ -136,7 +136,6 @@ class ResBlock:
 
     def __init__(self, net, name, C, O, D):
         cfg = net.config
-        self.k = net.ctx.k
         self.norm1 = GroupNorm(net, f"{name}.norm1", C, cfg.norm_num_groups, cfg.norm_eps)
         self.conv1 = Conv2d(net, f"{name}.conv1", C, O)
         self.time_emb_proj = Linear(net, f"{name}.time_emb_proj", D, O)
@@ -151,9 +150,8 @@ class ResBlock:
         h = self.conv1.forward(h, e)
         h = self.norm2.forward(h)
         h = self.dropout.forward(h)
-        h = self.conv2.forward(h)
         r = self.shortcut.forward(x) if self.shortcut else x
-        return self.k.add(r, h)
+        return self.conv2.forward(h, residual=r)
 
     def backward(self, dout):  # -> dx, demb
         dr = self.shortcut.backward(dout)[0] if self.shortcut else dout
@@ -162,8 +160,8 @@ class ResBlock:
         dh = self.norm2.backward(dh)
         dh, de = self.conv1.backward(dh)
         demb = self.time_emb_proj.backward(de)
-        dh = self.norm1.backward(dh)
-        return self.k.add(dr, dh), demb  # x fed the block and the shortcut
+        dx = self.norm1.backward(dh, residual=dr)  # x fed the block and the shortcut
+        return dx, demb
 
 
 class UNet:

@@ -32,16 +32,16 @@ def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
     return packed(weight.reshape(-1, C, O)).reshape(-1, kh, kw, C, PANEL)
 
 
-def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None):
+def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None):
     bias = bias[None] if emb is None else bias + emb
     if weight.ndim == 4:
-        return winograd(x, weight, bias)
+        return winograd(x, weight, bias, residual)
     B, H, W, C = x.shape
     P, kh, kw = weight.shape[:3]
     OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
     out, taps = empty((B, OH, OW, bias.shape[1])), _taps(kh, kw)
     taps[:, :2] -= pad[0]
-    convolve(x, weight.reshape(P, kh * kw, C, PANEL), bias, out, taps, OW, OH * OW, scale=stride)
+    convolve(x, weight.reshape(P, kh * kw, C, PANEL), bias, out, taps, OW, OH * OW, scale=stride, residual=residual)
     return out
 
 

@@ -15,14 +15,16 @@ def _windows(x, kh, kw, stride):  # (B, H, W, C) -> (B, Ho, Wo, C, kh, kw), a vi
     return windows[:, ::stride, ::stride]
 
 
-def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None):  # (B,H,W,C), (kh,kw,C,O) -> (B,Ho,Wo,O)
+def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None):  # (B,H,W,C) -> (B,Ho,Wo,O)
     """out[b, y, x] = bias + emb[b] + sum_(i,j) xp[b, y*stride + i, x*stride + j] @ weight[i, j], xp = x padded.
 
-    emb (B, O) is added to every pixel of its image: a network's time embedding at no cost of its own.
+    weight (kh, kw, C, O). emb (B, O) is added to every pixel of its image, residual (B, Ho, Wo, O) pixel by pixel:
+    a block's time embedding and its shortcut, without passes over memory of their own.
     """
     xp = np.pad(x, ((0, 0), pad, pad, (0, 0)))
     out = np.einsum("byxcij,ijco->byxo", _windows(xp, *weight.shape[:2], stride), weight, optimize=True) + bias
-    return out if emb is None else out + emb[:, None, None]
+    out = out if emb is None else out + emb[:, None, None]
+    return out if residual is None else out + residual
 
 
 def conv_backward(dout, x, weight, stride, pad, dweight, dbias):  # -> dx (B,H,W,C), demb (B,O)

@@ -68,18 +68,16 @@ def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, dep
     Only columns first .. first + depth of the window are made.
     """
     _, H, W, C = x.shape
+    b, y, z = row // area, row % area // width, row % width
     for i in range(n):
-        b, y, z = (row + i) // area, (row + i) % area // width, (row + i) % width
-        if scale < 0:
-            y, z = y * grid + offset[0], z * grid + offset[1]
-        column = 0
+        column, t, c = 0, first // C, first % C
         while column < depth:
-            t, c = (first + column) // C, (first + column) % C
             run = min(C - c, depth - column)
             if scale > 0:
                 u, v = y * scale + taps[t, 0], z * scale + taps[t, 1]
             else:
-                u, v = (y + taps[t, 0]) // -scale, (z + taps[t, 1]) // -scale
+                u = (y * grid + offset[0] + taps[t, 0]) // -scale
+                v = (z * grid + offset[1] + taps[t, 1]) // -scale
             to = window[i, column : column + run]
             if (u >= 0) & (u < H) & (v >= 0) & (v < W):
                 pixel = x[b, u, v, c : c + run]
@@ -88,12 +86,17 @@ def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, dep
             else:
                 for j in range(run):
                     to[j] = 0
-            column += run
+            column, t, c = column + run, t + 1, 0
+        z += 1  # the next pixel of the grid, without a division
+        if z == width:
+            z, y = 0, y + 1
+            if y * width == area:
+                y, b = 0, b + 1
 
 
 @parallel
-def windows_product(job, worker, x, weight, bias, out, taps, geometry, scratch, block, groups):
-    """out[pixel] = bias + window(pixel) @ weight; a job makes `block` rows of one of `groups` groups of panels."""
+def windows_product(job, worker, x, weight, bias, residual, out, taps, geometry, scratch, block, groups):
+    """out[pixel] = bias + residual[pixel] + window(pixel) @ weight; a job makes `block` rows of one of `groups` groups of panels."""
     rows, width, area, scale, grid, oy, ox, plain = geometry
     P, T, C, _ = weight.shape
     depth, O = T * C, out.shape[3]
@@ -114,6 +117,10 @@ def windows_product(job, worker, x, weight, bias, out, taps, geometry, scratch, 
                 b = (r + i) // area if bias.shape[0] > 1 else 0
                 for q in range(wide):
                     tile[i, q] = bias[b, p * PANEL + q]
+                if residual.size:
+                    more = residual[r + i, p * PANEL : p * PANEL + wide]
+                    for q in range(wide):
+                        tile[i, q] += more[q]
             a = at(flat, r * C) if direct else at(window, 0)
             product(a, depth, at(weight, p * depth * PANEL), PANEL, at(tile, 0), PANEL, depth, 1)
             for i in range(n):
@@ -125,8 +132,9 @@ def windows_product(job, worker, x, weight, bias, out, taps, geometry, scratch, 
                     result[to, p * PANEL + q] = tile[i, q]
 
 
-def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0, 0)):
-    """Fill `out` (or every grid-th pixel of it from `offset` on) with bias + windows of x @ packed weight.
+def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0, 0), residual=None):
+    """Fill `out` (or every grid-th pixel of it from `offset` on) with bias + windows of x @ packed weight
+    (+ residual, shaped like out; not with a grid).
 
     x (B,H,W,C), weight (panels, taps, C, 16), bias (1 or B, O), taps int64 (T, 2 or more) of (dy, dx, ...);
     the grid of output pixels has `area` pixels, `width` wide, in each image.
@@ -138,7 +146,8 @@ def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0
     block = 2 * ROWS if rows < 16 * ROWS * threads else 8 * ROWS
     groups = 1 if rows >= 2 * threads * block else min(P, 2 * threads)
     scratch = empty((threads, ROWS * (PANEL + T * C)))
-    windows_product(-(-rows // block) * groups, x, weight, bias, out, taps, geometry, scratch, block, groups)
+    jobs, more = -(-rows // block) * groups, (out[:0] if residual is None else residual).reshape(-1, out.shape[3])
+    windows_product(jobs, x, weight, bias, more, out, taps, geometry, scratch, block, groups)
 
 
 @parallel

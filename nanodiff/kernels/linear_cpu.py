@@ -14,10 +14,10 @@ def _as_image(x):  # (..., C) -> (1, 1, N, C)
     return x.reshape(1, 1, -1, x.shape[-1])
 
 
-def linear_forward(x, weight, bias):
+def linear_forward(x, weight, bias, residual=None):
     rows, out = _as_image(x), empty((*x.shape[:-1], weight.shape[1]))
     N = rows.shape[2]
-    convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N)
+    convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N, residual=residual)
     return out
 
 

@@ -3,9 +3,10 @@
 __all__ = ["linear_forward", "linear_backward"]
 
 
-def linear_forward(x, weight, bias):  # (..., C), (C, O), (O,) -> (..., O)
-    """out = x @ weight + bias over the last axis."""
-    return x @ weight + bias
+def linear_forward(x, weight, bias, residual=None):  # (..., C), (C, O), (O,) -> (..., O)
+    """out = x @ weight + bias (+ residual) over the last axis."""
+    out = x @ weight + bias
+    return out if residual is None else out + residual
 
 
 def linear_backward(dout, x, weight, dweight, dbias):  # -> dx (..., C)

@@ -82,7 +82,7 @@ def forward(job, worker, x, weight, bias, out, mean, rstd, eps, silu, blocks, sc
 
 
 @parallel(flags=FAST)
-def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, dx, dparams, blocks, scratch):
+def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx, dparams, blocks, scratch):
     """dparams (B, 2, C): each image's share of the gradients of weight and bias."""
     B, N, C = x.shape
     G = mean.shape[1]
@@ -123,8 +123,13 @@ def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, dx, dparams, 
             s1[c] = -r * total / (N * D) - m * s2[c]
     for i in range(N):
         row, to = x[b, i, c0 : c0 + wide], dx[b, i, c0 : c0 + wide]
-        for c in range(wide):
-            to[c] = to[c] * scale[c] + row[c] * s2[c] + s1[c]
+        if residual.size:
+            more = residual[b, i, c0 : c0 + wide]
+            for c in range(wide):
+                to[c] = to[c] * scale[c] + row[c] * s2[c] + s1[c] + more[c]
+        else:
+            for c in range(wide):
+                to[c] = to[c] * scale[c] + row[c] * s2[c] + s1[c]
 
 
 def _blocks(B, N, C, G):
@@ -143,14 +148,16 @@ def groupnorm_forward(x, weight, bias, groups, eps, silu):
     return out, mean, rstd
 
 
-def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias):
+def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):
     B, C = x.shape[0], x.shape[-1]
     rows, dx, dparams = x.reshape(B, -1, C), empty(x.shape), empty((B, 2, C))
     blocks = _blocks(B, rows.shape[1], C, groups)
     scratch = empty((parallel_cpu.threads(), 4, C))
     drows = dout.reshape(rows.shape)
+    more = rows[:0] if residual is None else residual.reshape(rows.shape)
     backward(
-        B * blocks, drows, rows, mean, rstd, weight, bias, int(silu), dx.reshape(rows.shape), dparams, blocks, scratch
+        B * blocks, drows, rows, mean, rstd, weight, bias, int(silu), more, dx.reshape(rows.shape), dparams,
+        blocks, scratch,
     )  # fmt: skip
     dweight += dparams[:, 0].sum(0)
     dbias += dparams[:, 1].sum(0)

@@ -24,7 +24,7 @@ def _normalised(x, mean, rstd):
     return ((split - mean[:, None, :, None]) * rstd[:, None, :, None]).reshape(x.shape)
 
 
-def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias):  # -> dx (B,H,W,C)
+def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):  # -> dx
     """dx for out = silu(y), y = norm * weight + bias, norm = (x - mean) * rstd; adds into dweight and dbias.
 
     silu(y) = y s with s = sigmoid(y), and ds/dy = s (1 - s), so        dy = dout * s * (1 + y * (1 - s))
@@ -35,7 +35,8 @@ def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight,
         through mean   -rstd * sum(dnorm) / n
         through rstd   -rstd * norm_i * sum(dnorm * norm) / n
         dx_i = rstd * (dnorm_i - average(dnorm) - norm_i * average(dnorm * norm))
-    norm and y are computed again: cheaper than keeping a second copy of x.
+    norm and y are computed again: cheaper than keeping a second copy of x. residual, where given, is added to dx: it
+    is the gradient that reached x by another way.
     """
     norm = _normalised(x, mean, rstd)
     dy = dout
@@ -49,4 +50,5 @@ def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight,
     dnorm, norm = (dy * weight).reshape(split), norm.reshape(split)
     average = dnorm.mean((1, 3), keepdims=True)
     average_norm = (dnorm * norm).mean((1, 3), keepdims=True)
-    return ((dnorm - average - norm * average_norm) * rstd[:, None, :, None]).reshape(x.shape)
+    dx = ((dnorm - average - norm * average_norm) * rstd[:, None, :, None]).reshape(x.shape)
+    return dx if residual is None else dx + residual

@@ -130,12 +130,13 @@ class _Vector:
         return _Vector(self.b, self.b.fneg(self.value))
 
 
-def make_transform(rule, n, bias=False, add=False):
+def make_transform(rule, n, bias=False, add=False, residual=False):
     """Y = F X F^T for n x n values X, the 1-D transform F given as a Python function of n values that returns m.
 
     The inputs of a tile lie at the addresses source[i * n + j], its outputs go to target[i * m + j], each a run of
     `channels` floats (a multiple of 16): borders, strides and layouts are all in the two tables. `bias`: a run
-    added to every output. `add`: the outputs are added to what is there.
+    added to every output. `add`: the outputs are added to what is there. `residual`: `target` goes on with the
+    addresses of m * m runs that are added to the outputs.
     """
     m = len(rule(*np.zeros(n)))
 
@@ -160,6 +161,8 @@ def make_transform(rule, n, bias=False, add=False):
                         p = _at(b, address(target, i * m + j), c)
                         y = y + _Vector(b, _load(b, _at(b, bias_run, c))) if bias else y
                         y = y + _Vector(b, _load(b, p)) if add else y
+                        if residual:
+                            y = y + _Vector(b, _load(b, _at(b, address(target, (m + i) * m + j), c)))
                         _store(b, y.value, p)
             return context.get_dummy_value()
 

@@ -56,6 +56,7 @@ def gt(u0, u1, u2, u3, u4, u5):  # G^T, the adjoint of G
 
 product, product_t = make_product(ROWS), make_product(ROWS_T, transposed=True)
 to_v, to_y, to_d = make_transform(bt, 6), make_transform(at4, 6, bias=True), make_transform(a4, 4)
+to_y_plus = make_transform(at4, 6, bias=True, residual=True)
 to_u, to_dw = make_transform(g, 3), make_transform(gt, 6, add=True)
 
 
@@ -88,8 +89,8 @@ def block_v(x, V, t0, i0, i1, table, zero):
 
 
 @njit
-def block_y(V, U, out, bias, t0, tn, k0, k1, M, table, trash):
-    """Channels k0 .. k1 of tiles t0 .. t0 + tn of out: 36 products into M, then A^T . A and the bias."""
+def block_y(V, U, out, bias, residual, t0, tn, k0, k1, M, table, zero, trash):
+    """Channels k0 .. k1 of tiles t0 .. t0 + tn of out: 36 products into M, then A^T . A, bias and residual."""
     _, H, W, O = out.shape
     C, ldv, wide, rows = U.shape[2], V.shape[2], k1 - k0, (tn + ROWS - 1) // ROWS * ROWS
     stride = rows * wide + PAD
@@ -101,25 +102,30 @@ def block_y(V, U, out, bias, t0, tn, k0, k1, M, table, trash):
                 v = at(V, (f * V.shape[1] + r) * ldv)
                 product(v, ldv, u, PANEL, at(M, f * stride + r * wide + k), wide, C, 0)
     for i in range(tn):
-        pixels(table, out.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, trash.ctypes.data)
-        frequencies(table[36:], M.ctypes.data + i * wide * 4, stride)
-        image = (t0 + i) // tiles if bias.shape[0] > 1 else 0
-        to_y(table_at(table, 36), table_at(table, 0), wide, at(bias, image * O + k0))
+        frequencies(table, M.ctypes.data + i * wide * 4, stride)
+        pixels(table[36:], out.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, trash.ctypes.data)
+        b = at(bias, ((t0 + i) // tiles if bias.shape[0] > 1 else 0) * O + k0)
+        if residual.size:
+            pixels(table[52:], residual.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, zero.ctypes.data)
+            to_y_plus(table_at(table, 0), table_at(table, 36), wide, b)
+        else:
+            to_y(table_at(table, 0), table_at(table, 36), wide, b)
 
 
 @parallel
-def tiles_forward(job, worker, x, U, bias, out, V, M, tables, zeros, count, groups):
+def tiles_forward(job, worker, x, U, bias, residual, out, V, M, tables, zeros, count, groups):
     """A job: one block of tiles, one of `groups` groups of output channels; V and M are private to a worker."""
     N, H, W, O = out.shape
     T = N * ((H + 3) // 4) * ((W + 3) // 4)
     b, group = job % count, job // count
     t0, t1 = b * T // count, (b + 1) * T // count
-    table, zero = tables[worker], zeros[worker]
-    zero[: x.shape[3]] = 0
+    table, zero, trash = tables[worker], zeros[worker, 0], zeros[worker, 1]
+    zero[:] = 0
     block_v(x, V[worker], t0, 0, t1 - t0, table, zero)
     k1 = (group + 1) * (O // PANEL) // groups * PANEL
     for k in range(group * (O // PANEL) // groups * PANEL, k1, WIDE):
-        block_y(V[worker], U, out, bias, t0, t1 - t0, k, min(k + WIDE, k1), M[worker], table, zero)
+        wide = min(k + WIDE, k1)
+        block_y(V[worker], U, out, bias, residual, t0, t1 - t0, k, wide, M[worker], table, zero, trash)
 
 
 @parallel
@@ -205,7 +211,7 @@ def transformed_weights(weight, turned=False):  # (3,3,C,O) -> U (O/16, 36, C, 1
     return U
 
 
-def winograd(x, U, bias):  # (B,H,W,C), U, (1 or B, O) -> (B,H,W,O)
+def winograd(x, U, bias, residual=None):  # (B,H,W,C), U, (1 or B, O) -> (B,H,W,O)
     """Same-size 3x3 convolution with transformed weights. How it is cut into jobs does not change a bit of it."""
     B, H, W, C = x.shape
     O, threads = U.shape[0] * PANEL, parallel_cpu.threads()
@@ -215,8 +221,9 @@ def winograd(x, U, bias):  # (B,H,W,C), U, (1 or B, O) -> (B,H,W,O)
     groups = -(-2 * threads // count) if count < 2 * threads else 2 if C * O >= 256 * 256 else 1
     V = empty((threads, 36, TILES + ROWS, C + PAD))
     M = empty((threads, 36 * ((TILES + ROWS) * min(WIDE, O) + PAD)))
-    zeros = empty((threads, max(C, O) + PAD))
-    tiles_forward(count * (groups := min(groups, O // PANEL)), x, U, bias, out, V, M, _tables(), zeros, count, groups)
+    zeros, groups = empty((threads, 2, max(C, O) + PAD)), min(groups, O // PANEL)
+    more = out[:0] if residual is None else residual
+    tiles_forward(count * groups, x, U, bias, more, out, V, M, _tables(), zeros, count, groups)
     return out
 
 
