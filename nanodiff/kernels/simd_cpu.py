@@ -130,39 +130,42 @@ class _Vector:
         return _Vector(self.b, self.b.fneg(self.value))
 
 
-def make_transform(rule, n, bias=False, add=False, residual=False):
+def make_transform(rule, n, back=False, bias=False, add=False, residual=False):
     """Y = F X F^T for n x n values X, the 1-D transform F given as a Python function of n values that returns m.
 
-    The inputs of a tile lie at the addresses source[i * n + j], its outputs go to target[i * m + j], each a run of
-    `channels` floats (a multiple of 16): borders, strides and layouts are all in the two tables. `bias`: a run
-    added to every output. `add`: the outputs are added to what is there. `residual`: `target` goes on with the
-    addresses of m * m runs that are added to the outputs.
+    Pixels (or taps) of a tile lie anywhere: value i, j is a run of `channels` floats (a multiple of 16) at the
+    address table[i, j], so borders and layouts are all in that table. Frequencies lie `stride` floats apart. The
+    transform goes from pixels to frequencies, or `back`. `bias`: a run added to every output. `add`: the outputs
+    are added to what is there. `residual`: the table goes on with the addresses of m * m runs to be added.
     """
     m = len(rule(*np.zeros(n)))
 
     @intrinsic
-    def transform(typingctx, source, target, channels, bias_run):
-        signature = types.void(addresses, addresses, types.intp, pointer)
+    def transform(typingctx, table, frequency, stride, channels, bias_run):
+        signature = types.void(addresses, pointer, types.intp, types.intp, pointer)
 
         def codegen(context, b, _, args):
-            source, target, channels, bias_run = args
+            table, frequency, stride, channels, bias_run = args
 
-            def address(table, i):
+            def pixel(i):
                 return b.inttoptr(b.load(_at(b, table, i)), F32.as_pointer())
 
+            def frequency_at(i):
+                return _at(b, frequency, b.mul(stride, ir.Constant(I64, i)))
+
+            source, target = (frequency_at, pixel) if back else (pixel, frequency_at)
             step = ir.Constant(I64, VECTOR)
             with cgutils.for_range_slice(b, ir.Constant(I64, 0), channels, step, I64) as (c, _):
                 columns = []
                 for j in range(n):
-                    values = (_load(b, _at(b, address(source, i * n + j), c)) for i in range(n))
+                    values = (_load(b, _at(b, source(i * n + j), c)) for i in range(n))
                     columns.append(rule(*[_Vector(b, v) for v in values]))
                 for i in range(m):
                     for j, y in enumerate(rule(*[columns[j][i] for j in range(n)])):
-                        p = _at(b, address(target, i * m + j), c)
+                        p = _at(b, target(i * m + j), c)
                         y = y + _Vector(b, _load(b, _at(b, bias_run, c))) if bias else y
                         y = y + _Vector(b, _load(b, p)) if add else y
-                        if residual:
-                            y = y + _Vector(b, _load(b, _at(b, address(target, (m + i) * m + j), c)))
+                        y = y + _Vector(b, _load(b, _at(b, pixel((m + i) * m + j), c))) if residual else y
                         _store(b, y.value, p)
             return context.get_dummy_value()
 

@@ -55,9 +55,9 @@ def gt(u0, u1, u2, u3, u4, u5):  # G^T, the adjoint of G
 
 
 product, product_t = make_product(ROWS), make_product(ROWS_T, transposed=True)
-to_v, to_y, to_d = make_transform(bt, 6), make_transform(at4, 6, bias=True), make_transform(a4, 4)
-to_y_plus = make_transform(at4, 6, bias=True, residual=True)
-to_u, to_dw = make_transform(g, 3), make_transform(gt, 6, add=True)
+to_v, to_d, to_u = make_transform(bt, 6), make_transform(a4, 4), make_transform(g, 3)
+to_y, to_y_plus = (make_transform(at4, 6, back=True, bias=True, residual=plus) for plus in (False, True))
+to_dw = make_transform(gt, 6, back=True, add=True)
 
 
 @njit
@@ -65,17 +65,17 @@ def pixels(table, image, size, start, tile, H, W, C, outside):
     """Addresses of the size x size pixels of a tile, from (4 ty + start, 4 tx + start) on; `outside` beyond H x W."""
     th, tw = (H + 3) // 4, (W + 3) // 4
     n, y, x = tile // (th * tw), tile // tw % th * 4 + start, tile % tw * 4 + start
-    for i in range(size):
-        row = image + ((n * H + y + i) * W + x) * C * 4
-        inside = (y + i >= 0) & (y + i < H)
-        for j in range(size):
-            table[i * size + j] = row + j * C * 4 if inside & (x + j >= 0) & (x + j < W) else outside
-
-
-@njit
-def frequencies(table, base, stride):
-    for f in range(36):
-        table[f] = base + f * stride * 4
+    corner = image + ((n * H + y) * W + x) * C * 4
+    if (y >= 0) & (x >= 0) & (y + size <= H) & (x + size <= W):
+        for i in range(size):
+            for j in range(size):
+                table[i * size + j] = corner + (i * W + j) * C * 4
+    else:
+        for i in range(size):
+            inside = (y + i >= 0) & (y + i < H)
+            for j in range(size):
+                here = corner + (i * W + j) * C * 4
+                table[i * size + j] = here if inside & (x + j >= 0) & (x + j < W) else outside
 
 
 @njit
@@ -84,8 +84,7 @@ def block_v(x, V, t0, i0, i1, table, zero):
     _, H, W, C = x.shape
     for i in range(i0, i1):
         pixels(table, x.ctypes.data, 6, -1, t0 + i, H, W, C, zero.ctypes.data)
-        frequencies(table[36:], V.ctypes.data + i * V.shape[2] * 4, V.shape[1] * V.shape[2])
-        to_v(table_at(table, 0), table_at(table, 36), C, at(zero, 0))
+        to_v(table_at(table, 0), at(V, i * V.shape[2]), V.shape[1] * V.shape[2], C, at(zero, 0))
 
 
 @njit
@@ -102,14 +101,13 @@ def block_y(V, U, out, bias, residual, t0, tn, k0, k1, M, table, zero, trash):
                 v = at(V, (f * V.shape[1] + r) * ldv)
                 product(v, ldv, u, PANEL, at(M, f * stride + r * wide + k), wide, C, 0)
     for i in range(tn):
-        frequencies(table, M.ctypes.data + i * wide * 4, stride)
-        pixels(table[36:], out.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, trash.ctypes.data)
+        pixels(table, out.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, trash.ctypes.data)
         b = at(bias, ((t0 + i) // tiles if bias.shape[0] > 1 else 0) * O + k0)
         if residual.size:
-            pixels(table[52:], residual.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, zero.ctypes.data)
-            to_y_plus(table_at(table, 0), table_at(table, 36), wide, b)
+            pixels(table[16:], residual.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, zero.ctypes.data)
+            to_y_plus(table_at(table, 0), at(M, i * wide), stride, wide, b)
         else:
-            to_y(table_at(table, 0), table_at(table, 36), wide, b)
+            to_y(table_at(table, 0), at(M, i * wide), stride, wide, b)
 
 
 @parallel
@@ -137,8 +135,7 @@ def weights_forward(job, worker, weight, U, tables):
     for c in range(c0, c0 + PANEL):
         for i in range(9):
             table[i] = weight.ctypes.data + ((i * C + c) * O + k * PANEL) * 4
-        frequencies(table[36:], U.ctypes.data + (k * 36 * C + c) * PANEL * 4, C * PANEL)
-        to_u(table_at(table, 0), table_at(table, 36), PANEL, at(U, 0))
+        to_u(table_at(table, 0), at(U, (k * 36 * C + c) * PANEL), C * PANEL, PANEL, at(U, 0))
 
 
 @parallel
@@ -152,8 +149,7 @@ def weights_turned(job, worker, weight, U, tables, blocks):
         for p in range(PANEL):
             for q in range(PANEL):
                 block[i, q, p] = weight[8 - i, c * PANEL + p, k * PANEL + q]
-    frequencies(table[36:], U.ctypes.data + (c * 36 * O + k * PANEL) * PANEL * 4, O * PANEL)
-    to_u(table_at(table, 0), table_at(table, 36), PANEL * PANEL, at(U, 0))
+    to_u(table_at(table, 0), at(U, (c * 36 * O + k * PANEL) * PANEL), O * PANEL, PANEL * PANEL, at(U, 0))
 
 
 @parallel
@@ -166,8 +162,7 @@ def tiles_transform(job, worker, x, dout, V, D, tables, zeros, t0, tn):
     _, H, W, O = dout.shape
     for i in range(i0, i1):
         pixels(table, dout.ctypes.data, 4, 0, t0 + i, H, W, O, zero.ctypes.data)
-        frequencies(table[36:], D.ctypes.data + i * D.shape[2] * 4, D.shape[1] * D.shape[2])
-        to_d(table_at(table, 0), table_at(table, 36), O, at(zero, 0))
+        to_d(table_at(table, 0), at(D, i * D.shape[2]), D.shape[1] * D.shape[2], O, at(zero, 0))
 
 
 @parallel
@@ -190,13 +185,12 @@ def weights_gradient(job, worker, dU, dweight, tables):
     table = tables[worker]
     for c in range(c0, c0 + PANEL):
         for i in range(9):
-            table[36 + i] = dweight.ctypes.data + ((i * C + c) * O + k * PANEL) * 4
-        frequencies(table, dU.ctypes.data + (k * 36 * C + c) * PANEL * 4, C * PANEL)
-        to_dw(table_at(table, 0), table_at(table, 36), PANEL, at(dU, 0))
+            table[i] = dweight.ctypes.data + ((i * C + c) * O + k * PANEL) * 4
+        to_dw(table_at(table, 0), at(dU, (k * 36 * C + c) * PANEL), C * PANEL, PANEL, at(dU, 0))
 
 
 def _tables():
-    return empty((parallel_cpu.threads(), 72), np.int64)
+    return empty((parallel_cpu.threads(), 36), np.int64)
 
 
 def transformed_weights(weight, turned=False):  # (3,3,C,O) -> U (O/16, 36, C, 16), or (C/16, 36, O, 16) if turned
