@@ -13,7 +13,15 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["nanodiff", "nanodiff.*"]),
     package_data={"nanodiff.kernels": ["*.cu", "*.cuh"]},
-    install_requires=["numpy>=2.0", "numba>=0.61", "pillow>=10", "imageio>=2.30", "safetensors>=0.4", "tqdm>=4.60", "pooch>=1.8"],
+    install_requires=[
+        "numpy>=2.0",
+        "numba>=0.61",
+        "pillow>=10",
+        "imageio>=2.30",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+        "pooch>=1.8",
+    ],
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9"],
         "bench": ["torch>=2.6"],

@@ -9,7 +9,8 @@ from pathlib import Path
 from nanodiff.train import PRESETS, TrainSettings
 
 TRAIN = """Train on images; without arguments on drawn glyphs, in minutes. The same command again resumes a
-run that was stopped or killed, with the same bits as if it had not been. A larger --steps extends a run."""
+run that was stopped or killed, with the same bits as if it had not been. With --decay constant a larger
+--steps extends a run."""
 SAMPLE = """Draw images with the network in a run folder, or in a folder in diffusers' layout. Image k depends
 on --seed and k alone."""
 

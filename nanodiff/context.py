@@ -48,10 +48,13 @@ class Context:
 
 
 def set_threads(n):
-    """Use `n` CPU threads in every kernel from now on (1 up to what NUMBA_NUM_THREADS or the machine allows)."""
+    """Use `n` CPU threads in every kernel from now on (1 up to what NUMBA_NUM_THREADS or the machine
+    allows)."""
     from nanodiff.kernels import parallel_cpu
 
     limit = parallel_cpu.max_threads()
     if not isinstance(n, int) or not 1 <= n <= limit:
-        raise NanodiffError(f"threads = {n!r}: must be an integer from 1 to {limit} (NUMBA_NUM_THREADS raises the limit)")
+        raise NanodiffError(
+            f"threads = {n!r}: must be an integer from 1 to {limit} (NUMBA_NUM_THREADS raises the limit)"
+        )
     parallel_cpu.set_threads(n)

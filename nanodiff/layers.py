@@ -1,7 +1,7 @@
 """Layers: an op of the kernels, its weights, and what its backward needs.
 
-While training, a layer's forward puts on its own stack what its backward takes off again. A backward adds into the
-gradients of the weights and returns the gradient of the input.
+While training, a layer's forward puts on its own stack what its backward takes off again. A backward adds
+into the gradients of the weights and returns the gradient of the input.
 """
 
 import math
@@ -22,14 +22,17 @@ class Layer:
     def saved(self):
         """What the last forward saved. Taken off the stack, so that its memory is free after the backward."""
         if not self._stack:
-            raise RuntimeError(f"backward of {type(self).__name__} without a forward before it: call forward first")
+            raise RuntimeError(
+                f"backward of {type(self).__name__} without a forward before it: call forward first"
+            )
         return self._stack.pop()
 
     def weights(self, name, shape, fan_in, fan_out, zero):
         """A weight and its bias, initialised as the network asks.
 
-        "ddpm": uniform with variance 2 / (fan_in + fan_out), bias 0; layers that end a residual branch start at 0,
-        so that every block starts as the identity (Ho et al. 2020). "torch": uniform +-1 / sqrt(fan_in) for both.
+        "ddpm": uniform with variance 2 / (fan_in + fan_out), bias 0; layers that end a residual branch start
+        at 0, so that every block starts as the identity (Ho et al. 2020). "torch": uniform +-1 / sqrt(fan_in)
+        for both.
         """
         torch = 1 / math.sqrt(fan_in)
         ddpm = "zero" if zero else math.sqrt(6 / (fan_in + fan_out))
@@ -107,7 +110,8 @@ class GroupNorm(Layer):
 
 
 class Attention(Layer):
-    """x + to_out(attention(to_q(h), to_k(h), to_v(h))), h = group norm of x: every pixel looks at every pixel."""
+    """x + to_out(attention(to_q(h), to_k(h), to_v(h))), h = group norm of x: every pixel looks at every
+    pixel."""
 
     def __init__(self, net, name, C, heads, groups, eps):
         super().__init__(net)
@@ -150,7 +154,8 @@ class Upsample(Layer):
 
 
 class Downsample(Layer):
-    """A 3x3 convolution of stride 2. `padding` 1: a border of zeros; 0: zeros on the right and below only (DDPM)."""
+    """A 3x3 convolution of stride 2. `padding` 1: a border of zeros; 0: zeros on the right and below only
+    (DDPM)."""
 
     def __init__(self, net, name, C, padding):
         super().__init__(net)
@@ -183,7 +188,8 @@ class Dropout(Layer):
 
 
 class TimeEmbedding(Layer):
-    """silu of linear_2(silu(linear_1(sinusoids of t))) + class embedding: the form in which every block uses it."""
+    """silu of linear_2(silu(linear_1(sinusoids of t))) + class embedding: the form in which every block uses
+    it."""
 
     def __init__(self, net, dim, D, flip_sin_to_cos, freq_shift, classes):
         super().__init__(net)
@@ -207,4 +213,6 @@ class TimeEmbedding(Layer):
         demb = self.k.silu_backward(dout, emb)
         if self.table:
             self.k.embedding_backward(demb, labels, self.table.grad)
-        self.linear_1.backward(self.k.silu_backward(self.linear_2.backward(demb), hidden))  # t has no gradient
+        self.linear_1.backward(
+            self.k.silu_backward(self.linear_2.backward(demb), hidden)
+        )  # t has no gradient

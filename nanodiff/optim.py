@@ -1,4 +1,5 @@
-"""Adam over the flat buffers, with gradient clipping and an average of the weights; learning-rate schedules."""
+"""Adam over the flat buffers, with gradient clipping and an average of the weights; learning-rate
+schedules."""
 
 import contextlib
 import math
@@ -9,14 +10,17 @@ from nanodiff.context import NanodiffError
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015), optionally with clipping and an exponential moving average (EMA) of the weights.
+    """Adam (Kingma & Ba 2015), optionally with clipping and an exponential moving average (EMA) of the
+    weights.
 
     params  a network's Params
     lr      step size;  betas, eps as in the paper
     clip    largest global gradient norm, None for no clipping
-    ema     largest decay of the average, None for no average. It warms up as (1 + n) / (10 + n), n = steps taken.
+    ema     largest decay of the average, None for no average. It warms up as (1 + n) / (10 + n), n = steps
+    taken.
 
-    m, v, ema are flat arrays like params.data. `state` is float64 [loss, squared gradient norm, taken, skipped].
+    m, v, ema are flat arrays like params.data. `state` is float64 [loss, squared gradient norm, taken,
+    skipped].
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, clip=None, ema=None):
@@ -29,7 +33,9 @@ class Adam:
         if clip is not None and not clip > 0:
             raise NanodiffError(f"clip = {clip!r}: must be above 0, or None for no clipping")
         if ema is not None and not 0 <= ema < 1:
-            raise NanodiffError(f"ema = {ema!r}: must be a decay in [0, 1), such as 0.999, or None for no average")
+            raise NanodiffError(
+                f"ema = {ema!r}: must be a decay in [0, 1), such as 0.999, or None for no average"
+            )
         self.params, self.ctx = params, params.ctx
         self.lr, self.betas, self.eps, self.clip, self.ema_decay = lr, betas, eps, clip, ema
         self.m, self.v = (self.ctx.to_device(np.zeros(params.data.shape)) for _ in range(2))
@@ -40,14 +46,15 @@ class Adam:
     def step(self, loss=None, lr=None):
         """One update with the gradients in params.grad, which stay as they are.
 
-        loss: an array of one float64, as mse_loss returns it. Where it or the gradient norm is not finite, the
-        update does nothing but add one to the steps skipped (state[3]).
+        loss: an array of one float64, as mse_loss returns it. Where it or the gradient norm is not finite,
+        the update does nothing but add one to the steps skipped (state[3]).
         """
         self.state[0:1] = 0.0 if loss is None else loss
         self.state[1:2] = self.ctx.k.squared_norm(self.params.grad)
+        ema = self._no_ema if self.ema is None else self.ema
         self.ctx.k.adam_update(
-            self.params.data, self.params.grad, self.m, self.v, self._no_ema if self.ema is None else self.ema,
-            self.state, self.lr if lr is None else lr, *self.betas, self.eps, self.clip or 0.0, self.ema_decay or 0.0,
+            self.params.data, self.params.grad, self.m, self.v, ema, self.state,
+            self.lr if lr is None else lr, *self.betas, self.eps, self.clip or 0.0, self.ema_decay or 0.0,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -64,8 +71,9 @@ class Adam:
 
 
 def learning_rate(step, total, peak, warmup=0, decay="constant"):
-    """Learning rate of `step` (0-based) out of `total`: linear from peak / warmup up to peak over `warmup` steps,
-    then constant, or a half cosine down to 0 at `total` (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5)."""
+    """Learning rate of `step` (0-based) out of `total`: linear from peak / warmup up to peak over `warmup`
+    steps, then constant, or a half cosine down to 0 at `total` (Loshchilov & Hutter 2017, arXiv:1608.03983,
+    eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / warmup
     if decay == "constant":

@@ -36,7 +36,8 @@ class Params:
         self.data = self.grad = None
 
     def add(self, name, shape, init):
-        """A tensor called `name`. init: "one", "zero", or the half-width of a uniform distribution around 0."""
+        """A tensor called `name`. init: "one", "zero", or the half-width of a uniform distribution around
+        0."""
         self._named[name] = param = Param(name, tuple(shape), init, self._end)
         self._end += -(-param.size // ALIGN) * ALIGN
         return param

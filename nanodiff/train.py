@@ -19,7 +19,7 @@ from pathlib import Path
 # What a setting left at None becomes, by the name of the data; "other" fills what a set leaves open.
 PRESETS = {
     "glyphs": dict(steps=1500, channels=(16, 32, 64), layers=1, lr=2e-3),
-    "mnist": dict(steps=8000, channels=(32, 64, 128), layers=1, lr=1e-3),
+    "mnist": dict(steps=4200, channels=(32, 64, 128), layers=1, lr=1e-3),
     "cifar10": dict(steps=100_000, batch=64, channels=(64, 128, 256), lr=3e-4, ema=0.9995),
     "other": dict(steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, lr=5e-4, ema=0.999),
 }
@@ -55,7 +55,9 @@ class TrainSettings:
     batch: int | None = _setting(None, int, "images per step", 1)
     lr: float | None = _setting(None, float, "peak learning rate of Adam", 0, 1)
     warmup: int = _setting(100, int, "steps over which the learning rate rises to its peak", 0)
-    decay: str = _setting("constant", str, "after it; cosine fixes --steps", choices=("constant", "cosine"))
+    decay: str = _setting(
+        "cosine", str, "of the rate after it, to 0 at --steps", choices=("cosine", "constant")
+    )
     clip: float = _setting(1.0, float, "largest norm of the gradient; 0: any", 0)
     ema: float | None = _setting(None, float, "largest decay of the averaged weights; 0: none", 0, 0.999999)
     seed: int = _setting(0, int, "of weights, order, noise and samples", 0, 2**64 - 1)
@@ -68,7 +70,7 @@ class TrainSettings:
     attention: int = _setting(1, int, "how many of the deepest levels have attention", 0)
     dropout: float = _setting(0.0, float, "share of activations dropped in residual blocks", 0, 0.95)
     schedule: str = _setting("cosine", str, "of the noise", choices=("cosine", "linear"))
-    prediction: str = _setting("eps", str, "what the network predicts", choices=("eps", "x0", "v"))
+    prediction: str = _setting("v", str, "what the network predicts", choices=("v", "eps", "x0"))
     timesteps: int = _setting(1000, int, "steps of the noise schedule", 1)
     log_every: int = _setting(20, int, "steps per line of stats.jsonl", 1)
     sample_every: int = _setting(500, int, "steps between sample grids", 1)
@@ -232,9 +234,10 @@ def train(settings=None):
     RUN/samples.png, steps.gif, loss.png   at the end
 
     The same settings again resume, with the same bits as if there had been no break. More `steps` extend a
-    run, except with decay="cosine", whose learning rate depends on them. The first Ctrl-C or SIGTERM lets the
-    step end, writes a checkpoint and returns. A NanodiffError comes before anything on disk is touched: for
-    settings that contradict the run in `out`, for a folder that holds something else, for one being trained.
+    run with decay="constant"; with "cosine" the learning rate of every step depends on them. The first Ctrl-C
+    or SIGTERM lets the step end, writes a checkpoint and returns. A NanodiffError comes before anything on
+    disk is touched: for settings that contradict the run in `out`, for a folder that holds something else,
+    for one that is being trained.
     """
     import numpy as np
     from tqdm import tqdm
@@ -270,7 +273,8 @@ def train(settings=None):
             checkpoint.restore(saved, model, opt)
             step, window, seconds = saved.step, saved.meta["window"], saved.meta["seconds"]
         if step > s.steps or step == run["finished"] == s.steps:
-            print(f"{folder} is finished: it has {step} steps; a larger --steps than that extends it")
+            more = "; a larger --steps extends it" if s.decay == "constant" else ""
+            print(f"{folder} is finished: it has {step} steps{more}")
             return folder
         checkpoint.write_file(folder / "run.json", json.dumps(run, indent=2) + "\n")
         records = checkpoint.read_stats(folder, step)

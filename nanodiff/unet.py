@@ -1,4 +1,5 @@
-"""The UNet: a path down, a middle, a path up that is handed the skips. Its backward is its forward read bottom-up."""
+"""The UNet: a path down, a middle, a path up that is handed the skips. Its backward is its forward read
+bottom-up."""
 
 import contextlib
 import dataclasses
@@ -7,7 +8,14 @@ import numpy as np
 
 from nanodiff.context import Context, NanodiffError
 from nanodiff.layers import (
-    Attention, Conv2d, Downsample, Dropout, GroupNorm, Linear, TimeEmbedding, Upsample,
+    Attention,
+    Conv2d,
+    Downsample,
+    Dropout,
+    GroupNorm,
+    Linear,
+    TimeEmbedding,
+    Upsample,
 )  # fmt: skip
 from nanodiff.params import Params
 
@@ -18,7 +26,8 @@ DOWN, ATTN_DOWN, UP, ATTN_UP = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "A
 class UNetConfig:
     """The fields of diffusers' UNet2DModel, so that its config.json is this dataclass.
 
-    The defaults here describe a small model; a field that a config.json omits takes diffusers' default (`from_dict`).
+    The defaults here describe a small model; a field that a config.json omits takes diffusers' default
+    (`from_dict`).
     """
 
     sample_size: int | tuple | None = None
@@ -66,26 +75,44 @@ class UNetConfig:
             return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
         channels, groups = self.block_out_channels, self.norm_num_groups
-        need(channels and all(map(whole, channels)), "block_out_channels", "must be one or more integers above 0")
+        need(
+            channels and all(map(whole, channels)),
+            "block_out_channels",
+            "must be one or more integers above 0",
+        )
         for field in ("in_channels", "out_channels", "layers_per_block"):
             need(whole(getattr(self, field)), field, "must be an integer above 0")
-        need(whole(groups), "norm_num_groups", "must be an integer above 0 that divides every block_out_channels")
+        need(
+            whole(groups),
+            "norm_num_groups",
+            "must be an integer above 0 that divides every block_out_channels",
+        )
         bad = [c for c in channels if c % groups]
         need(not bad, "norm_num_groups", f"must divide every block_out_channels, and does not divide {bad}")
         need(self.attn_norm_num_groups is None or whole(self.attn_norm_num_groups), "attn_norm_num_groups",
              "must be an integer above 0, or None for norm_num_groups")  # fmt: skip
         n = len(channels)
         for field, known in (("down_block_types", (DOWN, ATTN_DOWN)), ("up_block_types", (UP, ATTN_UP))):
-            need(len(getattr(self, field)) == n, field, f"must name {n} blocks, as many as block_out_channels")
+            need(
+                len(getattr(self, field)) == n, field, f"must name {n} blocks, as many as block_out_channels"
+            )
             need(all(b in known for b in getattr(self, field)), field, f"each block must be one of {known}")
         for c, down, up in zip(channels, self.down_block_types, reversed(self.up_block_types)):
             if ATTN_DOWN in (down, up) or ATTN_UP in (down, up):
                 head = self.attention_head_dim or c
-                need(whole(head) and c % head == 0, "attention_head_dim", f"must divide {c}, the width it is used at")
-                need(c % (self.attn_norm_num_groups or groups) == 0, "attn_norm_num_groups", f"must divide {c}")
+                need(
+                    whole(head) and c % head == 0,
+                    "attention_head_dim",
+                    f"must divide {c}, the width it is used at",
+                )
+                need(
+                    c % (self.attn_norm_num_groups or groups) == 0, "attn_norm_num_groups", f"must divide {c}"
+                )
         if self.mid_block_type and self.add_attention:
             head = self.attention_head_dim or channels[-1]
-            need(whole(head) and channels[-1] % head == 0, "attention_head_dim", f"must divide {channels[-1]}")
+            need(
+                whole(head) and channels[-1] % head == 0, "attention_head_dim", f"must divide {channels[-1]}"
+            )
         need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         need(self.norm_eps > 0, "norm_eps", "must be above 0")
         need(self.downsample_padding in (0, 1), "downsample_padding", "must be 0 or 1")
@@ -96,10 +123,14 @@ class UNetConfig:
         half = channels[0] // 2
         need(half > self.freq_shift, "freq_shift", f"must be below {half}, half of block_out_channels[0]")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
-        fits = self.sample_size is None or (len(sizes) == 2 and all(whole(s) and s % self.stride == 0 for s in sizes))
+        fits = self.sample_size is None or (
+            len(sizes) == 2 and all(whole(s) and s % self.stride == 0 for s in sizes)
+        )
         need(fits, "sample_size", f"must be an integer or two, divisible by {self.stride}")
         for field, values in _SUPPORTED.items():
-            need(getattr(self, field) in values, field, f"this version has only {', '.join(map(repr, values))}")
+            need(
+                getattr(self, field) in values, field, f"this version has only {', '.join(map(repr, values))}"
+            )
 
     @property
     def stride(self):
@@ -108,7 +139,8 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, d):
-        """From a diffusers config.json: keys that are not fields are ignored, missing ones take diffusers' defaults."""
+        """From a diffusers config.json: keys that are not fields are ignored, missing ones take diffusers'
+        defaults."""
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{**_DIFFUSERS, **{k: v for k, v in d.items() if k in names}})
 
@@ -121,7 +153,8 @@ class UNetConfig:
 # what diffusers means by a field that a config.json omits, where it differs from the small model above
 _DIFFUSERS = {
     "in_channels": 3, "out_channels": 3, "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2,
-    "down_block_types": (DOWN, ATTN_DOWN, ATTN_DOWN, ATTN_DOWN), "up_block_types": (ATTN_UP, ATTN_UP, ATTN_UP, UP),
+    "down_block_types": (DOWN, ATTN_DOWN, ATTN_DOWN, ATTN_DOWN),
+    "up_block_types": (ATTN_UP, ATTN_UP, ATTN_UP, UP),
     "attention_head_dim": 8, "norm_num_groups": 32,
 }  # fmt: skip
 _SUPPORTED = {
@@ -175,7 +208,9 @@ class UNet:
 
     def __init__(self, config, device="cpu", seed=0, dtype=None, init="ddpm"):
         if not isinstance(config, UNetConfig):
-            raise NanodiffError(f"config is a {type(config).__name__}: must be a UNetConfig (UNetConfig.from_dict)")
+            raise NanodiffError(
+                f"config is a {type(config).__name__}: must be a UNetConfig (UNetConfig.from_dict)"
+            )
         if init not in ("ddpm", "torch"):
             raise NanodiffError(f"init = {init!r}: must be 'ddpm' or 'torch'")
         self.config, self.ctx, self.init = config, Context(device, dtype), init
@@ -232,7 +267,9 @@ class UNet:
         returns (B, H, W, out_channels)
         """
         if self.config.dropout and key is None:
-            raise NanodiffError(f"dropout = {self.config.dropout} needs key=(seed, step) to draw its noise from")
+            raise NanodiffError(
+                f"dropout = {self.config.dropout} needs key=(seed, step) to draw its noise from"
+            )
         for layer in self.layers:  # what a forward left that no backward followed
             layer._stack.clear()
         self.key, self.ctx.saving = key, True
@@ -242,7 +279,8 @@ class UNet:
             self.ctx.saving = False
 
     def predict(self, x, t, labels=None):
-        """`forward` without dropout, keeping nothing: for sampling. Sample b depends on x[b], t[b], labels[b] alone."""
+        """`forward` without dropout, keeping nothing: for sampling. Sample b depends on x[b], t[b], labels[b]
+        alone."""
         return self._forward(*self._checked(x, t, labels))
 
     def _forward(self, x, t, labels):
@@ -326,22 +364,30 @@ class UNet:
         if shape[1] % stride or shape[2] % stride:
             near = [max(stride, round(n / stride) * stride) for n in shape[1:3]]
             raise NanodiffError(
-                f"x is {shape[1]}x{shape[2]}: height and width must be divisible by {stride}; the nearest are "
+                f"x is {shape[1]}x{shape[2]}: height and width must be divisible by {stride}; nearest: "
                 f"{near[0]}x{near[1]}"
             )
         if x.dtype.kind != "f":
             raise NanodiffError(f"x has dtype {x.dtype}: must be a float array, images scaled to [-1, 1]")
         t = np.asarray(t)
         if t.shape != (shape[0],) or t.dtype.kind not in "iuf" or not (np.isfinite(t).all() and t.min() >= 0):
-            raise NanodiffError(f"t has shape {t.shape}, dtype {t.dtype}: must be {shape[0]} numbers, none below 0")
+            raise NanodiffError(
+                f"t has shape {t.shape}, dtype {t.dtype}: must be {shape[0]} numbers, none below 0"
+            )
         if (labels is None) != (cfg.num_class_embeds is None):
-            want = "None (the network has no classes)" if labels is not None else "given, one class number per image"
+            want = (
+                "None (the network has no classes)"
+                if labels is not None
+                else "given, one class number per image"
+            )
             raise NanodiffError(f"labels: must be {want}; num_class_embeds = {cfg.num_class_embeds}")
         if labels is not None:
             labels = np.asarray(labels)
             ok = labels.shape == (shape[0],) and labels.dtype.kind in "iu"
             if not ok or labels.min() < 0 or labels.max() >= cfg.num_class_embeds:
-                raise NanodiffError(f"labels: must be {shape[0]} integers from 0 to {cfg.num_class_embeds - 1}")
+                raise NanodiffError(
+                    f"labels: must be {shape[0]} integers from 0 to {cfg.num_class_embeds - 1}"
+                )
         return self.ctx.to_device(x), t, labels
 
     def save_pretrained(self, folder):

@@ -1,4 +1,4 @@
-"""Before NumPy loads: its BLAS keeps to one thread, as several on a busy machine mostly wait for one another."""
+"""Before NumPy loads: its BLAS keeps to one thread; several, on a busy machine, mostly wait."""
 
 import os
 

@@ -27,6 +27,7 @@ def tiny(source, folder, **changes):
     """Settings of a small run; every feature that draws numbers or keeps a state is on."""
     settings = dict(
         data=source, out=str(folder), steps=STEPS, batch=4, lr=1e-3, warmup=5, clip=0.5, ema=0.9, seed=3,
+        decay="constant", prediction="eps",
         device="ref", flip=True, channels=(8, 16), layers=1, attention=1, dropout=0.1, timesteps=10,
         log_every=3, sample_every=100, save_every=5, samples=2,
     )  # fmt: skip

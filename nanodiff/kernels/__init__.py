@@ -1,4 +1,5 @@
-"""The ops, three renditions side by side: *_ref.py (NumPy, the definition), *_cpu.py (Numba), *_gpu.py + .cu (CUDA).
+"""The ops, three renditions side by side: *_ref.py (NumPy, the definition), *_cpu.py (Numba), *_gpu.py + .cu
+(CUDA).
 
 The contract of an op:
 1. the same name and signature in every rendition;

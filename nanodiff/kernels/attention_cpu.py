@@ -1,7 +1,8 @@
-"""Multi-head attention on the CPU: one job per image and head, on the matrix micro-kernel. Maths: attention_ref.py.
+"""Multi-head attention on the CPU: one job per image and head, on the matrix micro-kernel. Maths:
+attention_ref.py.
 
-A job makes QUERIES rows of the scores at a time, in scratch memory that stays in the cache, so no (N, N) array
-exists. Keys and values are first packed in the panels of 16 columns that the micro-kernel reads.
+A job makes QUERIES rows of the scores at a time, in scratch memory that stays in the cache, so no (N, N)
+array exists. Keys and values are first packed in the panels of 16 columns that the micro-kernel reads.
 """
 
 import numpy as np
@@ -76,12 +77,22 @@ def copy_rows(x, n0, n, scale, out):
 
 @njit
 def times_panels(a, panels, out):
-    """out = a @ what `panels` (P, depth, 16) packs; a (rows, >= depth), out (rows, P * 16); rows in whole ROWS."""
+    """out = a @ what `panels` (P, depth, 16) packs; a (rows, >= depth), out (rows, P * 16); rows in whole
+    ROWS."""
     P, depth, _ = panels.shape
     lda, ldo = a.shape[1], out.shape[1]
     for r in range(0, a.shape[0], ROWS):
         for p in range(P):
-            product(at(a, r * lda), lda, at(panels, p * depth * PANEL), PANEL, at(out, r * ldo + p * PANEL), ldo, depth, 0)
+            product(
+                at(a, r * lda),
+                lda,
+                at(panels, p * depth * PANEL),
+                PANEL,
+                at(out, r * ldo + p * PANEL),
+                ldo,
+                depth,
+                0,
+            )
 
 
 @njit

@@ -1,4 +1,5 @@
-"""Multi-head self-attention over pixels in NumPy: the definition (Vaswani et al. 2017, arXiv:1706.03762, eq. 1)."""
+"""Multi-head self-attention over pixels in NumPy: the definition (Vaswani et al. 2017, arXiv:1706.03762, eq.
+1)."""
 
 import numpy as np
 

@@ -14,7 +14,8 @@ __all__ = ["conv_prepare", "conv_forward", "conv_backward"]
 
 
 def uses_winograd(shape, H, W, stride, pad):
-    """3x3, same size, whole panels of channels, and images of which a 4x4 tile covers little that is not there."""
+    """3x3, same size, whole panels of channels, and images of which a 4x4 tile covers little that is not
+    there."""
     kh, kw, C, O = shape
     same = (kh, kw, stride, *pad) == (3, 3, 1, 1, 1)
     return same and C % PANEL == 0 and O % PANEL == 0 and min(H, W) >= 6
@@ -25,7 +26,8 @@ def _taps(kh, kw):
 
 
 def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
-    """Winograd-transformed weights (O/16, 36, C, 16), or packed ones (O/16, kh, kw, C, 16), for images of H x W."""
+    """Winograd-transformed weights (O/16, 36, C, 16), or packed ones (O/16, kh, kw, C, 16), for images of H x
+    W."""
     kh, kw, C, O = weight.shape
     if uses_winograd(weight.shape, H, W, stride, pad):
         return transformed_weights(weight)
@@ -41,7 +43,9 @@ def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None)
     OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
     out, taps = empty((B, OH, OW, bias.shape[1])), _taps(kh, kw)
     taps[:, :2] -= pad[0]
-    convolve(x, weight.reshape(P, kh * kw, C, PANEL), bias, out, taps, OW, OH * OW, scale=stride, residual=residual)
+    convolve(
+        x, weight.reshape(P, kh * kw, C, PANEL), bias, out, taps, OW, OH * OW, scale=stride, residual=residual
+    )
     return out
 
 
@@ -60,9 +64,11 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
 
 
 def _data_gradient(dout, shape, weight, stride, pad):
-    """dx[y] = sum of dout[(y + pad - i) / stride] @ weight[i]^T over the taps i for which that is a whole number.
+    """dx[y] = sum of dout[(y + pad - i) / stride] @ weight[i]^T over the taps i for which that is a whole
+    number.
 
-    Which taps those are depends on y % stride: each of the stride * stride classes of pixels is a product of its own.
+    Which taps those are depends on y % stride: each of the stride * stride classes of pixels is a product of
+    its own.
     """
     B, H, W, C = shape
     kh, kw, _, O = weight.shape

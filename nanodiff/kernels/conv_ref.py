@@ -1,4 +1,5 @@
-"""Convolution in NumPy: the definition. Any kernel size, stride and padding; `pad` = zeros (before, after) both axes."""
+"""Convolution in NumPy: the definition. Any kernel size, stride and padding; `pad` = zeros (before, after)
+both axes."""
 
 import numpy as np
 
@@ -16,13 +17,16 @@ def _windows(x, kh, kw, stride):  # (B, H, W, C) -> (B, Ho, Wo, C, kh, kw), a vi
 
 
 def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None):  # (B,H,W,C) -> (B,Ho,Wo,O)
-    """out[b, y, x] = bias + emb[b] + sum_(i,j) xp[b, y*stride + i, x*stride + j] @ weight[i, j], xp = x padded.
+    """out[b, y, x] = bias + emb[b] + sum_(i,j) xp[b, y*stride + i, x*stride + j] @ weight[i, j], xp = x
+    padded.
 
-    weight (kh, kw, C, O). emb (B, O) is added to every pixel of its image, residual (B, Ho, Wo, O) pixel by pixel:
-    a block's time embedding and its shortcut, without passes over memory of their own.
+    weight (kh, kw, C, O). emb (B, O) is added to every pixel of its image, residual (B, Ho, Wo, O) pixel by
+    pixel: a block's time embedding and its shortcut, without passes over memory of their own.
     """
     xp = np.pad(x, ((0, 0), pad, pad, (0, 0)))
-    out = np.einsum("byxcij,ijco->byxo", _windows(xp, *weight.shape[:2], stride), weight, optimize=True) + bias
+    out = (
+        np.einsum("byxcij,ijco->byxo", _windows(xp, *weight.shape[:2], stride), weight, optimize=True) + bias
+    )
     out = out if emb is None else out + emb[:, None, None]
     return out if residual is None else out + residual
 
@@ -32,7 +36,8 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):  # -> dx (B,H,W
 
     Written with the padded input xp, every output is a sum over taps (i, j):
         out[b, y, x] = sum_(i,j) xp[b, y s + i, x s + j] @ weight[i, j] + bias + emb[b]
-    For a fixed tap this is a linear layer on a strided view of xp, so its three gradients are those of a linear layer:
+    For a fixed tap this is a linear layer on a strided view of xp, so its three gradients are those of a
+    linear layer:
         dweight[i, j] += sum_(b,y,x) xp[b, y s + i, x s + j]^T dout[b, y, x]
         dxp[b, y s + i, x s + j] += dout[b, y, x] @ weight[i, j]^T        (a sum: windows overlap)
         demb[b] = sum_(y,x) dout[b, y, x],   dbias += sum_b demb[b]
@@ -46,7 +51,10 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):  # -> dx (B,H,W
     dxp = np.zeros_like(xp)
     for i in range(kh):
         for j in range(kw):
-            rows, cols = slice(i, i + stride * dout.shape[1], stride), slice(j, j + stride * dout.shape[2], stride)
+            rows, cols = (
+                slice(i, i + stride * dout.shape[1], stride),
+                slice(j, j + stride * dout.shape[2], stride),
+            )
             dxp[:, rows, cols] += dout @ weight[i, j].T
     dx = dxp[:, pad[0] : pad[0] + x.shape[1], pad[0] : pad[0] + x.shape[2]]
     return np.ascontiguousarray(dx), demb

@@ -1,13 +1,16 @@
-"""Matrix products on the CPU around one micro-kernel, for linear layers and every convolution that is not Winograd.
+"""Matrix products on the CPU around one micro-kernel, for linear layers and every convolution that is not
+Winograd.
 
-A convolution is a matrix product of its windows: row = output pixel, column = (tap, input channel). The windows of
-a few pixels at a time are gathered into scratch memory that stays in the cache (an "im2col" of 16 rows, not of the
-image), then multiplied with weights packed in panels of 16 output channels. The gather costs one copy for every
-2 * O operations on the copied value, and in return any kernel size, stride, padding and channel count is the same
-code. Gradients of the data gather from dout instead of x; those of the weights multiply transposed windows.
+A convolution is a matrix product of its windows: row = output pixel, column = (tap, input channel). The
+windows of a few pixels at a time are gathered into scratch memory that stays in the cache (an "im2col" of 16
+rows, not of the image), then multiplied with weights packed in panels of 16 output channels. The gather costs
+one copy for every 2 * O operations on the copied value, and in return any kernel size, stride, padding and
+channel count is the same code. Gradients of the data gather from dout instead of x; those of the weights
+multiply transposed windows.
 
 A *geometry* is an int64 array: image sizes, and the list of taps (dy, dx, index into the weights) to gather:
-    row (b, y, x) gathers pixel (y * up + dy, x * up + dx) // down of image b, where that division has no remainder
+    row (b, y, x) gathers pixel (y * up + dy, x * up + dx) // down of image b, where that division has no
+    remainder
 """
 
 import numpy as np
@@ -28,7 +31,8 @@ def panels(n):
 
 @parallel
 def pack(job, worker, weight, taps, transposed, out):
-    """out[p, tap, c, 0:16] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0 beyond.
+    """out[p, tap, c, 0:16] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0
+    beyond.
 
     One job per (panel, tap); `taps` lists the taps of the weights in the order of the panels.
     """
@@ -51,7 +55,7 @@ def pack(job, worker, weight, taps, transposed, out):
                 out[p, i, c, q] = 0
 
 
-def packed(weight, taps=None, transposed=False):  # (taps, C, O) -> (panels, taps, C, 16), or of O if transposed
+def packed(weight, taps=None, transposed=False):  # (taps, C, O) -> (panels, taps, C, 16)
     taps = np.arange(weight.shape[0]) if taps is None else taps
     inner, outer = weight.shape[1:] if not transposed else weight.shape[:0:-1]
     out = empty((panels(outer), taps.size, inner, PANEL))
@@ -63,9 +67,9 @@ def packed(weight, taps=None, transposed=False):  # (taps, C, O) -> (panels, tap
 def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, depth):
     """window[i, :] = the values of x under the taps of row `row + i`, for i < n; zero outside the image.
 
-    Rows count the pixels of a grid of `area` pixels, `width` wide, in each image. With scale > 0 pixel (y, x) of
-    the grid looks at (y, x) * scale + tap; with scale < 0 at (((y, x) * grid + offset) + tap) / -scale, both exact.
-    Only columns first .. first + depth of the window are made.
+    Rows count the pixels of a grid of `area` pixels, `width` wide, in each image. With scale > 0 pixel (y, x)
+    of the grid looks at (y, x) * scale + tap; with scale < 0 at (((y, x) * grid + offset) + tap) / -scale,
+    both exact. Only columns first .. first + depth of the window are made.
     """
     _, H, W, C = x.shape
     b, y, z = row // area, row % area // width, row % width
@@ -96,7 +100,8 @@ def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, dep
 
 @parallel
 def windows_product(job, worker, x, weight, bias, residual, out, taps, geometry, scratch, block, groups):
-    """out[pixel] = bias + residual[pixel] + window(pixel) @ weight; a job makes `block` rows of one of `groups` groups of panels."""
+    """out[pixel] = bias + residual[pixel] + window(pixel) @ weight; a job makes `block` rows of one of
+    `groups` groups of panels."""
     rows, width, area, scale, grid, oy, ox, plain = geometry
     P, T, C, _ = weight.shape
     depth, O = T * C, out.shape[3]
@@ -146,7 +151,8 @@ def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0
     block = 2 * ROWS if rows < 16 * ROWS * threads else 8 * ROWS
     groups = 1 if rows >= 2 * threads * block else min(P, 2 * threads)
     scratch = empty((threads, ROWS * (PANEL + T * C)))
-    jobs, more = -(-rows // block) * groups, (out[:0] if residual is None else residual).reshape(-1, out.shape[3])
+    jobs = -(-rows // block) * groups
+    more = (out[:0] if residual is None else residual).reshape(-1, out.shape[3])
     windows_product(jobs, x, weight, bias, more, out, taps, geometry, scratch, block, groups)
 
 
@@ -206,7 +212,8 @@ def weight_gradient(x, dout, dweight, taps, scale=1):
     rows = dout.shape[0] * dout.shape[1] * dout.shape[2]
     R = -(-depth // ROWS_T) * ROWS_T
     owners = -(-R // WROWS)
-    splits = max(1, min(-(-rows // 256), -(-16 // owners)))  # enough jobs for many threads; a matter of shape alone
+    # enough jobs for many threads, and a matter of shape alone: the split decides the order of the sums
+    splits = max(1, min(-(-rows // 256), -(-16 // owners)))
     plain = len(taps) == 1 and scale == 1 and not taps[0, :2].any() and depth % ROWS_T == 0
     geometry = np.array([rows, dout.shape[2], dout.shape[1] * dout.shape[2], scale, depth, plain], np.int64)
     partial = empty((splits, panels(O), R, PANEL))

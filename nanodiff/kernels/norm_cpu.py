@@ -1,8 +1,10 @@
-"""Group norm and SiLU on the CPU: two passes over x forward, two over x and dout backward. Maths: norm_ref.py.
+"""Group norm and SiLU on the CPU: two passes over x forward, two over x and dout backward. Maths:
+norm_ref.py.
 
-A job owns some whole groups of one image, narrow enough that its pixels are still in the cache at the second pass.
-All loops run over channels, which lie side by side; sums over pixels are kept for each channel, in float32, of
-values from which the channel's first pixel was subtracted, so that a large mean costs no digits of the variance.
+A job owns some whole groups of one image, narrow enough that its pixels are still in the cache at the second
+pass. All loops run over channels, which lie side by side; sums over pixels are kept for each channel, in
+float32, of values from which the channel's first pixel was subtracted, so that a large mean costs no digits
+of the variance.
 """
 
 import numpy as np
@@ -21,8 +23,9 @@ CACHE = 128 * 1024  # floats of x that a job should not exceed
 def sigmoid(z):
     """1 / (1 + exp(-z)), without branches or table so that the loop around it runs on SIMD registers.
 
-    exp(-z) = 2^n * exp(r), n the nearest integer to -z / ln 2: the exponent bits of 2^n are n + 127, and exp(r) on
-    |r| <= ln 2 / 2 is its Taylor series to r^6 (error 2e-7). z is held within +-87, where float32 ends.
+    exp(-z) = 2^n * exp(r), n the nearest integer to -z / ln 2: the exponent bits of 2^n are n + 127, and
+    exp(r) on |r| <= ln 2 / 2 is its Taylor series to r^6 (error 2e-7). z is held within +-87, where float32
+    ends.
     """
     z = min(max(-z, f32(-87)), f32(87))
     n = np.floor(z * f32(1.44269504) + f32(0.5))
@@ -133,7 +136,8 @@ def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx,
 
 
 def _blocks(B, N, C, G):
-    """Blocks of groups for each image: few enough that rows stay wide, enough for the cache and the threads."""
+    """Blocks of groups for each image: few enough that rows stay wide, enough for the cache and the
+    threads."""
     wanted = max(-(-N * C // CACHE), -(-4 * parallel_cpu.threads() // B))
     return max(1, min(wanted, G, C // 32))
 
@@ -144,7 +148,9 @@ def groupnorm_forward(x, weight, bias, groups, eps, silu):
     mean, rstd = empty((B, groups)), empty((B, groups))
     blocks = _blocks(B, rows.shape[1], C, groups)
     scratch = empty((parallel_cpu.threads(), 3, C))
-    forward(B * blocks, rows, weight, bias, out.reshape(rows.shape), mean, rstd, eps, int(silu), blocks, scratch)
+    forward(
+        B * blocks, rows, weight, bias, out.reshape(rows.shape), mean, rstd, eps, int(silu), blocks, scratch
+    )
     return out, mean, rstd
 
 

@@ -8,8 +8,9 @@ __all__ = ["groupnorm_forward", "groupnorm_backward"]
 
 
 def groupnorm_forward(x, weight, bias, groups, eps, silu):  # (B,H,W,C) -> (B,H,W,C), mean (B,G), rstd (B,G)
-    """y = (x - mean) * rstd * weight + bias, statistics over the pixels and channels of each of `groups` groups;
-    out = y, or y * sigmoid(y) with `silu`. mean and rstd = 1 / sqrt(variance + eps) are for the backward.
+    """y = (x - mean) * rstd * weight + bias, statistics over the pixels and channels of each of `groups`
+    groups; out = y, or y * sigmoid(y) with `silu`. mean and rstd = 1 / sqrt(variance + eps) are for the
+    backward.
     """
     B, C = x.shape[0], x.shape[-1]
     split = x.reshape(B, -1, groups, C // groups)
@@ -24,7 +25,7 @@ def _normalised(x, mean, rstd):
     return ((split - mean[:, None, :, None]) * rstd[:, None, :, None]).reshape(x.shape)
 
 
-def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):  # -> dx
+def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):
     """dx for out = silu(y), y = norm * weight + bias, norm = (x - mean) * rstd; adds into dweight and dbias.
 
     silu(y) = y s with s = sigmoid(y), and ds/dy = s (1 - s), so        dy = dout * s * (1 + y * (1 - s))
@@ -35,8 +36,8 @@ def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight,
         through mean   -rstd * sum(dnorm) / n
         through rstd   -rstd * norm_i * sum(dnorm * norm) / n
         dx_i = rstd * (dnorm_i - average(dnorm) - norm_i * average(dnorm * norm))
-    norm and y are computed again: cheaper than keeping a second copy of x. residual, where given, is added to dx: it
-    is the gradient that reached x by another way.
+    norm and y are computed again: cheaper than keeping a second copy of x. residual, where given, is added to
+    dx: it is the gradient that reached x by another way.
     """
     norm = _normalised(x, mean, rstd)
     dy = dout

@@ -1,13 +1,13 @@
 """How CPU kernels are compiled, cached, run on threads, and given memory.
 
     @njit                     a Numba function of ours: no GIL, IEEE division, cached on disk
-    @parallel                 a body(job, worker, *args), called as body(jobs, *args): the jobs run on all threads
-    empty(shape)              an aligned array whose memory is used again once nobody refers to it
+    @parallel                 a body(job, worker, *args), called as body(jobs, *args): the jobs run on all
+    threads empty(shape)              an aligned array whose memory is used again once nobody refers to it
 
-Numba's own `prange` costs about a second of compilation for each loop, and its threads wait for one another even
-when one of them never got a core. `@parallel` compiles the body once, serially, and every thread takes the next
-job from a shared counter: a slow core takes fewer. Which thread runs a job never changes its result: a job owns
-its outputs, and `worker` (0 .. threads-1) picks nothing but scratch memory.
+Numba's own `prange` costs about a second of compilation for each loop, and its threads wait for one another
+even when one of them never got a core. `@parallel` compiles the body once, serially, and every thread takes
+the next job from a shared counter: a slow core takes fewer. Which thread runs a job never changes its result:
+a job owns its outputs, and `worker` (0 .. threads-1) picks nothing but scratch memory.
 """
 
 import atexit
@@ -45,7 +45,8 @@ VECTOR = _vector_width()
 
 
 def _cache_folder():
-    """A folder that changes with any source of the kernels: Numba itself looks only at the file of the function."""
+    """A folder that changes with any source of the kernels: Numba itself looks only at the file of the
+    function."""
     sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(f"{VECTOR} {numba.__version__}".encode())
     for path in sources:
@@ -78,11 +79,12 @@ def njit(function=None, *, flags=()):
 
 # ---- threads ----
 # The pool is a few numbers in memory that every thread looks at, each on a cache line of its own:
-#   TICKET  threads << 48 | number of jobs << 24 | next job: whoever moves it on by 1, atomically, owns that job
-#   TASK    address of the compiled task(arguments, job, worker);   ARGS  address of its arguments
-#   DONE    jobs that workers have finished;   BUSY  1 while a caller uses the pool;   STOP  1 when the program ends
-# The calling thread takes jobs like any other and waits only for jobs that somebody has begun. A worker that the
-# operating system leaves waiting (another program has its core) therefore delays nobody; OpenMP's barriers do.
+#   TICKET  threads << 48 | number of jobs << 24 | next job: whoever moves it on by 1, atomically, owns that
+# job   TASK    address of the compiled task(arguments, job, worker);   ARGS  address of its arguments
+#   DONE    jobs that workers have finished;   BUSY  1 while a caller uses the pool;   STOP  1 when the
+# program ends The calling thread takes jobs like any other and waits only for jobs that somebody has begun. A
+# worker that the operating system leaves waiting (another program has its core) therefore delays nobody;
+# OpenMP's barriers do.
 TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
 FIELD, MASK = 24, (1 << 24) - 1
 SPINS = 4000  # looks, of some 20 ns each, before a thread without work goes to sleep
@@ -142,7 +144,9 @@ def _serve(typingctx, pool, worker):
     def codegen(context, b, _, args):
         p = _Pool(b, b.inttoptr(args[0], I64.as_pointer()))
         spins = cgutils.alloca_once_value(b, _i64(0))
-        look, mine, work, idle, done = (b.append_basic_block(n) for n in ("look", "mine", "work", "idle", "done"))
+        look, mine, work, idle, done = (
+            b.append_basic_block(n) for n in ("look", "mine", "work", "idle", "done")
+        )
         b.branch(look)
         b.position_at_end(look)
         ticket = p.load(TICKET)
@@ -169,12 +173,14 @@ def _serve(typingctx, pool, worker):
 
 @intrinsic
 def _fork(typingctx, body, pool, jobs, threads, args):
-    """Run body(job, worker, *args) for every job: on the pool, or here if it is in use or one thread is asked for."""
+    """Run body(job, worker, *args) for every job: on the pool, or here if it is in use or one thread is asked
+    for."""
     body_signature = types.void(types.intp, types.intp, *args.types)
 
     def codegen(context, b, _, values):
         _, base, jobs, threads, args_value = values
-        # compiled into the launcher, with its flags, and never on its own: half the work of a second njit function
+        # compiled into the launcher, with its flags, and never on its own: half the work of a second njit
+        # function
         compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature)
         shared = cgutils.alloca_once_value(b, args_value)
         ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
@@ -310,10 +316,17 @@ class _Block:
         else:
             self.memory = np.empty(size + 64, np.uint8)
             start = (self.memory.ctypes.data + 63) & ~63  # a cache line, so that no vector load straddles two
-            self.__array_interface__ = {"data": (start, False), "shape": (size,), "typestr": "|u1", "version": 3}
+            self.__array_interface__ = {
+                "data": (start, False),
+                "shape": (size,),
+                "typestr": "|u1",
+                "version": 3,
+            }
 
     def __del__(self, shelf=_shelf):
-        shelf.setdefault(self.__array_interface__["shape"][0], []).append((self.memory, self.__array_interface__))
+        shelf.setdefault(self.__array_interface__["shape"][0], []).append(
+            (self.memory, self.__array_interface__)
+        )
 
 
 def empty(shape, dtype=np.float32):

@@ -5,8 +5,8 @@ import numpy as np
 from nanodiff.kernels.random_ref import DROPOUT, random_bits
 
 __all__ = [
-    "add", "silu_forward", "silu_backward", "time_embedding", "embedding_forward", "embedding_backward", "dropout",
-    "q_sample", "mse_loss",
+    "add", "silu_forward", "silu_backward", "time_embedding", "embedding_forward", "embedding_backward",
+    "dropout", "q_sample", "mse_loss",
 ]  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def embedding_backward(dout, labels, dtable):
 def dropout(x, rate, seed, step, site):
     """x / (1 - rate) where kept, 0 where dropped; each element is dropped with probability `rate`.
 
-    The mask comes from Philox (purpose DROPOUT, layer number `site`), not from memory: the backward is the same call
-    on dout, since out = mask * x makes dx = mask * dout.
+    The mask comes from Philox (purpose DROPOUT, layer number `site`), not from memory: the backward is the
+    same call on dout, since out = mask * x makes dx = mask * dout.
     """
     bits = random_bits(x.shape, seed, step, DROPOUT + 256 * site)
     keep = bits >= np.uint32(round(rate * 2**32))

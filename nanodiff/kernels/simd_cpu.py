@@ -3,7 +3,8 @@
 Numba compiles loops well, but it cannot be told to keep a tile of a matrix product in registers. So the few
 inner loops that decide the speed are written one level lower, as LLVM instructions, and called from ordinary
 Numba functions. `VECTOR` is the number of floats in a register: 16 (AVX-512), 8 (AVX2), 4 (NEON), 1 (none).
-Whatever the machine, a panel of weights is PANEL = 16 floats wide, so that every layout is the same everywhere.
+Whatever the machine, a panel of weights is PANEL = 16 floats wide, so that every layout is the same
+everywhere.
 """
 
 import numpy as np
@@ -16,8 +17,8 @@ from nanodiff.kernels.parallel_cpu import VECTOR
 
 PANEL = 16
 NV = PANEL // VECTOR  # registers across a panel
-# Rows of the register tile: ROWS * NV accumulators, NV registers for a row of B and one for an element of A must
-# fit in 32 registers (AVX-512, NEON) or 16 (AVX2: 6*2 + 2 + 1 = 15).
+# Rows of the register tile: ROWS * NV accumulators, NV registers for a row of B and one for an element of A
+# must fit in 32 registers (AVX-512, NEON) or 16 (AVX2: 6*2 + 2 + 1 = 15).
 ROWS = {16: 12, 8: 6, 4: 6, 1: 4}[VECTOR]
 # The same for the transposed product of weight gradients, whose rows are channels: a divisor of 16.
 ROWS_T = {16: 16, 8: 4, 4: 4, 1: 4}[VECTOR]
@@ -55,10 +56,11 @@ def _at(b, p, *offsets):
 def make_product(rows, transposed=False, unroll=1):
     """C[rows, 16] (+)= A[rows, depth] @ B[depth, 16], all of C in registers.
 
-    A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; B[k, :] at B[k * ldb]; C[r, :] at C[r * ldc].
-    Each step of the loop over k loads one row of B (NV registers) and, for every row of C, spreads one element of
-    A over a register and does NV fused multiply-adds: rows * NV independent ones, enough to hide their latency.
-    `add` != 0 adds to what is in C. The sum over k is in order, one accumulator per element of C.
+    A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; B[k, :] at B[k * ldb]; C[r, :] at C[r *
+    ldc]. Each step of the loop over k loads one row of B (NV registers) and, for every row of C, spreads one
+    element of A over a register and does NV fused multiply-adds: rows * NV independent ones, enough to hide
+    their latency. `add` != 0 adds to what is in C. The sum over k is in order, one accumulator per element of
+    C.
     """
 
     @intrinsic
@@ -110,7 +112,8 @@ def make_product(rows, transposed=False, unroll=1):
 
 
 class _Vector:
-    """An LLVM vector with + - and multiplication by constants, so that a transform is ordinary Python arithmetic."""
+    """An LLVM vector with + - and multiplication by constants, so that a transform is ordinary Python
+    arithmetic."""
 
     FLAGS = ("contract", "nsz", "reassoc")
 
@@ -131,12 +134,14 @@ class _Vector:
 
 
 def make_transform(rule, n, back=False, bias=False, add=False, residual=False):
-    """Y = F X F^T for n x n values X, the 1-D transform F given as a Python function of n values that returns m.
+    """Y = F X F^T for n x n values X, the 1-D transform F given as a Python function of n values that returns
+    m.
 
-    Pixels (or taps) of a tile lie anywhere: value i, j is a run of `channels` floats (a multiple of 16) at the
-    address table[i, j], so borders and layouts are all in that table. Frequencies lie `stride` floats apart. The
-    transform goes from pixels to frequencies, or `back`. `bias`: a run added to every output. `add`: the outputs
-    are added to what is there. `residual`: the table goes on with the addresses of m * m runs to be added.
+    Pixels (or taps) of a tile lie anywhere: value i, j is a run of `channels` floats (a multiple of 16) at
+    the address table[i, j], so borders and layouts are all in that table. Frequencies lie `stride` floats
+    apart. The transform goes from pixels to frequencies, or `back`. `bias`: a run added to every output.
+    `add`: the outputs are added to what is there. `residual`: the table goes on with the addresses of m * m
+    runs to be added.
     """
     m = len(rule(*np.zeros(n)))
 

@@ -1,4 +1,5 @@
-"""The optimiser's passes over the flat buffers on the CPU, in chunks of a fixed size. Maths: update_ref.py."""
+"""The optimiser's passes over the flat buffers on the CPU, in chunks of a fixed size. Maths:
+update_ref.py."""
 
 import numpy as np
 

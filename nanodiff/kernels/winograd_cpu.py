@@ -3,16 +3,16 @@
 A tile of 4x4 outputs needs 6x6 inputs: 144 multiplications for each pair of channels. Seen as a product of
 polynomials it needs only 36:
     y = A^T [ (G w G^T) * (B^T x B) ] A            * element by element: 36 "frequencies"
-Each frequency is a matrix product over channels, [tiles, C] @ [C, O]: four times less work than the convolution,
-plus transforms that grow with C + O instead of C * O. The price is accuracy (the constants reach 8): about 3e-6
-relative RMS in float32, ten times a direct sum.
+Each frequency is a matrix product over channels, [tiles, C] @ [C, O]: four times less work than the
+convolution, plus transforms that grow with C + O instead of C * O. The price is accuracy (the constants reach
+8): about 3e-6 relative RMS in float32, ten times a direct sum.
 
-The backward needs nothing new. dx is the same convolution of dout with the weights turned by 180 degrees and with
-their channels exchanged. For the weights, y_tile is linear in U = G w G^T, so with V = B^T x B and D = A dy A^T
-(the adjoint of "A^T . A"):
+The backward needs nothing new. dx is the same convolution of dout with the weights turned by 180 degrees and
+with their channels exchanged. For the weights, y_tile is linear in U = G w G^T, so with V = B^T x B and D = A
+dy A^T (the adjoint of "A^T . A"):
     dU[f] = sum over tiles of V[f]^T D[f],     dw = G^T dU G
-C and O must be multiples of 16. Every table of addresses below says where the pixels of a tile are: borders are
-entries that point to a row of zeros (or, for outputs, to a row that nobody reads).
+C and O must be multiples of 16. Every table of addresses below says where the pixels of a tile are: borders
+are entries that point to a row of zeros (or, for outputs, to a row that nobody reads).
 """
 
 import numpy as np
@@ -22,7 +22,9 @@ from nanodiff.kernels.parallel_cpu import empty, njit, parallel
 from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product, make_transform, table_at
 
 PAD = 16  # floats added to long rows, so that they do not all fall into the same sets of the cache
-TILES = 12 if ROWS == 6 else ROWS  # tiles transformed at a time: their 36 * TILES * C values stay in the L2 cache
+TILES = (
+    12 if ROWS == 6 else ROWS
+)  # tiles transformed at a time: their 36 * TILES * C values stay in the L2 cache
 WIDE = 64  # output channels multiplied at a time
 CHUNK = 128  # tiles summed at a time in a weight gradient
 
@@ -62,7 +64,8 @@ to_dw = make_transform(gt, 6, back=True, add=True)
 
 @njit
 def pixels(table, image, size, start, tile, H, W, C, outside):
-    """Addresses of the size x size pixels of a tile, from (4 ty + start, 4 tx + start) on; `outside` beyond H x W."""
+    """Addresses of the size x size pixels of a tile, from (4 ty + start, 4 tx + start) on; `outside` beyond H
+    x W."""
     th, tw = (H + 3) // 4, (W + 3) // 4
     n, y, x = tile // (th * tw), tile // tw % th * 4 + start, tile % tw * 4 + start
     corner = image + ((n * H + y) * W + x) * C * 4
@@ -89,7 +92,8 @@ def block_v(x, V, t0, i0, i1, table, zero):
 
 @njit
 def block_y(V, U, out, bias, residual, t0, tn, k0, k1, M, table, zero, trash):
-    """Channels k0 .. k1 of tiles t0 .. t0 + tn of out: 36 products into M, then A^T . A, bias and residual."""
+    """Channels k0 .. k1 of tiles t0 .. t0 + tn of out: 36 products into M, then A^T . A, bias and
+    residual."""
     _, H, W, O = out.shape
     C, ldv, wide, rows = U.shape[2], V.shape[2], k1 - k0, (tn + ROWS - 1) // ROWS * ROWS
     stride = rows * wide + PAD
@@ -112,7 +116,8 @@ def block_y(V, U, out, bias, residual, t0, tn, k0, k1, M, table, zero, trash):
 
 @parallel
 def tiles_forward(job, worker, x, U, bias, residual, out, V, M, tables, zeros, count, groups):
-    """A job: one block of tiles, one of `groups` groups of output channels; V and M are private to a worker."""
+    """A job: one block of tiles, one of `groups` groups of output channels; V and M are private to a
+    worker."""
     N, H, W, O = out.shape
     T = N * ((H + 3) // 4) * ((W + 3) // 4)
     b, group = job % count, job // count
@@ -128,7 +133,8 @@ def tiles_forward(job, worker, x, U, bias, residual, out, V, M, tables, zeros, c
 
 @parallel
 def weights_forward(job, worker, weight, U, tables):
-    """U[panel, f, c] = G w G^T for the panel's 16 output channels; a job does 16 input channels of a panel."""
+    """U[panel, f, c] = G w G^T for the panel's 16 output channels; a job does 16 input channels of a
+    panel."""
     _, C, O = weight.shape
     k, c0 = job // (C // PANEL), job % (C // PANEL) * PANEL
     table = tables[worker]
@@ -140,7 +146,8 @@ def weights_forward(job, worker, weight, U, tables):
 
 @parallel
 def weights_turned(job, worker, weight, U, tables, blocks):
-    """The same for dx: taps turned by 180 degrees, input and output channels exchanged, 16 x 16 channels at a time."""
+    """The same for dx: taps turned by 180 degrees, input and output channels exchanged, 16 x 16 channels at a
+    time."""
     _, C, O = weight.shape
     c, k = job // (O // PANEL), job % (O // PANEL)
     table, block = tables[worker], blocks[worker].reshape(9, PANEL, PANEL)
@@ -193,7 +200,7 @@ def _tables():
     return empty((parallel_cpu.threads(), 36), np.int64)
 
 
-def transformed_weights(weight, turned=False):  # (3,3,C,O) -> U (O/16, 36, C, 16), or (C/16, 36, O, 16) if turned
+def transformed_weights(weight, turned=False):  # (3,3,C,O) -> (O/16, 36, C, 16) or, turned, (C/16, 36, O, 16)
     C, O = weight.shape[2:]
     inner, outer = (O, C) if turned else (C, O)
     U, taps = empty((outer // PANEL, 36, inner, PANEL)), weight.reshape(9, C, O)
@@ -206,7 +213,8 @@ def transformed_weights(weight, turned=False):  # (3,3,C,O) -> U (O/16, 36, C, 1
 
 
 def winograd(x, U, bias, residual=None):  # (B,H,W,C), U, (1 or B, O) -> (B,H,W,O)
-    """Same-size 3x3 convolution with transformed weights. How it is cut into jobs does not change a bit of it."""
+    """Same-size 3x3 convolution with transformed weights. How it is cut into jobs does not change a bit of
+    it."""
     B, H, W, C = x.shape
     O, threads = U.shape[0] * PANEL, parallel_cpu.threads()
     out, T = empty((B, H, W, O)), B * -(-H // 4) * -(-W // 4)
