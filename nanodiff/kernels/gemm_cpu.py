@@ -214,7 +214,8 @@ def weight_gradient(x, dout, dweight, taps, scale=1):
     owners = -(-R // WROWS)
     # enough jobs for many threads, and a matter of shape alone: the split decides the order of the sums
     splits = max(1, min(-(-rows // 256), -(-16 // owners)))
-    plain = len(taps) == 1 and scale == 1 and not taps[0, :2].any() and depth % ROWS_T == 0
+    same = len(taps) == 1 and scale == 1 and not taps[0, :2].any() and dout.shape[1:3] == x.shape[1:3]
+    plain = same and depth % ROWS_T == 0
     geometry = np.array([rows, dout.shape[2], dout.shape[1] * dout.shape[2], scale, depth, plain], np.int64)
     partial = empty((splits, panels(O), R, PANEL))
     scratch = empty((parallel_cpu.threads(), PIXELS * (WROWS + panels(O) * PANEL)))

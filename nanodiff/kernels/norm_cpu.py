@@ -70,18 +70,19 @@ def forward(job, worker, x, weight, bias, out, mean, rstd, eps, silu, blocks, sc
             total += s2[c] - 2 * shift * s1[c] + N * shift * shift
         r = 1 / np.sqrt(max(total, 0.0) / (N * D) + eps)
         mean[b, g0 + g], rstd[b, g0 + g] = m, r
-        for c in range(g * D, g * D + D):  # y = x * scale + shift
+        for c in range(g * D, g * D + D):  # y = (x - mean) * scale + bias: subtract first, or digits are lost
+            first[c] = m
             s1[c] = r * weight[c0 + c]
-            s2[c] = bias[c0 + c] - m * r * weight[c0 + c]
+            s2[c] = bias[c0 + c]
     for i in range(N):
         row, to = x[b, i, c0 : c0 + wide], out[b, i, c0 : c0 + wide]
         if silu:
             for c in range(wide):
-                y = row[c] * s1[c] + s2[c]
+                y = (row[c] - first[c]) * s1[c] + s2[c]
                 to[c] = y * sigmoid(y)
         else:
             for c in range(wide):
-                to[c] = row[c] * s1[c] + s2[c]
+                to[c] = (row[c] - first[c]) * s1[c] + s2[c]
 
 
 @parallel(flags=FAST)
@@ -93,46 +94,46 @@ def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx,
     b, block = job // blocks, job % blocks
     g0, g1 = block * G // blocks, (block + 1) * G // blocks
     c0, wide = g0 * D, (g1 - g0) * D
-    scale, shift = scratch[worker, 0, :wide], scratch[worker, 1, :wide]
+    centre, scale, shift = scratch[worker, 0, :wide], scratch[worker, 1, :wide], bias[c0 : c0 + wide]
     s1, s2 = scratch[worker, 2, :wide], scratch[worker, 3, :wide]
     for c in range(wide):
         g = g0 + c // D
+        centre[c] = mean[b, g]
         scale[c] = rstd[b, g] * weight[c0 + c]
-        shift[c] = bias[c0 + c] - mean[b, g] * scale[c]
         s1[c] = 0
         s2[c] = 0
-    for i in range(N):  # dy into dx; sums of dy and dy * x
+    for i in range(N):  # dy into dx; sums of dy and dy * (x - mean)
         row, drow, to = x[b, i, c0 : c0 + wide], dout[b, i, c0 : c0 + wide], dx[b, i, c0 : c0 + wide]
         for c in range(wide):
             dy = drow[c]
             if silu:
-                y = row[c] * scale[c] + shift[c]
+                y = (row[c] - centre[c]) * scale[c] + shift[c]
                 s = sigmoid(y)
                 dy *= s * (f32(1) + y * (f32(1) - s))
             to[c] = dy
             s1[c] += dy
-            s2[c] += dy * row[c]
+            s2[c] += dy * (row[c] - centre[c])
     for g in range(g0, g1):
-        m, r = np.float64(mean[b, g]), np.float64(rstd[b, g])
+        r = np.float64(rstd[b, g])
         total, total_norm = 0.0, 0.0
         for c in range((g - g0) * D, (g - g0 + 1) * D):
-            dnorm = (s2[c] - m * s1[c]) * r  # sum of dy * norm
+            dnorm = s2[c] * r  # sum of dy * norm
             dparams[b, 0, c0 + c], dparams[b, 1, c0 + c] = dnorm, s1[c]
             total += s1[c] * weight[c0 + c]
             total_norm += dnorm * weight[c0 + c]
-        # dx = rstd (dnorm - average - norm average_norm) = dy * scale + x * s2 + s1
+        # dx = rstd (dnorm - average - norm average_norm) = dy * scale + (x - mean) * s2 + s1
         for c in range((g - g0) * D, (g - g0 + 1) * D):
             s2[c] = -r * r * total_norm / (N * D)
-            s1[c] = -r * total / (N * D) - m * s2[c]
+            s1[c] = -r * total / (N * D)
     for i in range(N):
         row, to = x[b, i, c0 : c0 + wide], dx[b, i, c0 : c0 + wide]
         if residual.size:
             more = residual[b, i, c0 : c0 + wide]
             for c in range(wide):
-                to[c] = to[c] * scale[c] + row[c] * s2[c] + s1[c] + more[c]
+                to[c] = to[c] * scale[c] + (row[c] - centre[c]) * s2[c] + s1[c] + more[c]
         else:
             for c in range(wide):
-                to[c] = to[c] * scale[c] + row[c] * s2[c] + s1[c]
+                to[c] = to[c] * scale[c] + (row[c] - centre[c]) * s2[c] + s1[c]
 
 
 def _blocks(B, N, C, G):

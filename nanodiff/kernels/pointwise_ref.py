@@ -78,7 +78,7 @@ def q_sample(x0, eps, a, s, prediction):  # (B,...), (B,...), (B,), (B,) -> xt, 
     shape = (-1, *[1] * (x0.ndim - 1))
     a, s = (np.asarray(c, x0.dtype).reshape(shape) for c in (a, s))
     xt = a * x0 + s * eps
-    return xt, {"eps": lambda: eps, "x0": lambda: x0, "v": lambda: a * eps - s * x0}[prediction]()
+    return xt, {"eps": eps.copy, "x0": x0.copy, "v": lambda: a * eps - s * x0}[prediction]()
 
 
 def mse_loss(pred, target):  # -> loss float64 (1,), dpred
