@@ -1,6 +1,6 @@
 """Digits out of noise: the whole of diffusion training in one flat loop, on MNIST.
 
-    python examples/train_mnist.py [--data FOLDER] [--steps 6000] [--device cpu]
+    python examples/train_mnist.py [--data FOLDER] [--steps 3800] [--device cpu]
 
 Noise is mixed into digits, the network learns to tell what was mixed in, and then it can take noise away from
 pure noise, a little at a time. `python -m nanodiff train --data mnist` does the same and survives a kill.
@@ -12,10 +12,11 @@ import time
 import nanodiff as nd
 from nanodiff.data import batch_indices, to_float
 from nanodiff.images import grid, save_png
+from nanodiff.optim import learning_rate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="mnist", help="mnist (is downloaded), or a folder with its four files")
-parser.add_argument("--steps", type=int, default=6000, help="training steps (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=3800, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=32, help="images per step (default: %(default)s)")
 parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
 parser.add_argument("--samples", type=int, default=64, help="images in the end (default: %(default)s)")
@@ -35,13 +36,16 @@ config = nd.UNetConfig(
 )
 model = nd.UNet(config, device=args.device, seed=0)
 opt = nd.Adam(model.params, lr=1e-3, clip=1.0, ema=0.999)
-diff = nd.Diffusion(timesteps=1000, schedule="cosine", prediction="eps")
+diff = nd.Diffusion(
+    timesteps=1000, schedule="cosine", prediction="v"
+)  # at pure noise, eps says nothing of x0
 print(f"{len(images)} images, {model.params.count:,} weights, {args.steps} steps")
 
 losses = []
 for step in range(args.steps):
     x0 = to_float(images[batch_indices(len(images), args.batch, step, seed=0)])
-    losses.append(nd.train_step(model, opt, diff, x0, key=(0, step), lr=1e-3 * min(1, (step + 1) / 100)))
+    lr = learning_rate(step, args.steps, peak=1e-3, warmup=100, decay="cosine")
+    losses.append(nd.train_step(model, opt, diff, x0, key=(0, step), lr=lr))
     if step == 0:  # which compiled the kernels
         start = time.perf_counter()
     if step == 20 or step and step % 200 == 0:

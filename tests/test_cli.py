@@ -106,28 +106,6 @@ def test_sample_and_info_take_a_diffusers_folder(run, tmp_path, capsys):
     assert "settings" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, channels", [("train_mnist.py", 1), ("train_cifar10.py", 3)])
-def test_examples_run_two_steps(tmp_path, name, channels):
-    data = noise(tmp_path / "noise.npz", channels)
-    args = [
-        "--data",
-        data,
-        "--steps",
-        "2",
-        "--batch",
-        "2",
-        "--samples",
-        "1",
-        "--device",
-        "ref",
-        "--out",
-        "out.png",
-    ]
-    result = python(str(ROOT / "examples" / name), *args, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out.png").stat().st_size > 0
-
-
 # ---- wrong calls: each is answered by one line with the value, the limit and the remedy
 
 SMALL = dict(

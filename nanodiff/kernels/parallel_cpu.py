@@ -88,7 +88,7 @@ def njit(function=None, *, flags=()):
 TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
 FIELD, MASK = 24, (1 << 24) - 1
 SPINS = 4000  # looks, of some 20 ns each, before a thread without work goes to sleep
-NAP = 50  # microseconds
+NAP, LONG = 50, 1000  # microseconds: of the first 200 sleeps, and of all further ones
 
 
 def _i64(value):
@@ -122,7 +122,7 @@ class _Pool:
         self.b.call(task, [self.b.inttoptr(self.load(ARGS), I8P), self.b.and_(ticket, _i64(MASK)), worker])
         self.b.atomic_rmw("add", self.at(DONE), _i64(1), "acq_rel")
 
-    def wait(self, spins, nap):
+    def wait(self, spins):
         """A moment of waiting: a pause of the processor, or once `spins` are used up, of the thread."""
         b = self.b
         with b.if_else(b.icmp_signed("<", spins, _i64(SPINS))) as (spin, sleep):
@@ -131,10 +131,11 @@ class _Pool:
                     ftype = ir.FunctionType(ir.VoidType(), [])
                     b.call(cgutils.get_or_insert_function(b.module, ftype, "llvm.x86.sse2.pause"), [])
             with sleep:
+                i32 = ir.IntType(32)
                 name, unit = ("Sleep", 1000) if os.name == "nt" else ("usleep", 1)
-                ftype = ir.FunctionType(ir.IntType(32), [ir.IntType(32)])
-                function = cgutils.get_or_insert_function(b.module, ftype, name)
-                b.call(function, [ir.Constant(ir.IntType(32), -(-nap // unit))])
+                function = cgutils.get_or_insert_function(b.module, ir.FunctionType(i32, [i32]), name)
+                naps = (ir.Constant(i32, -(-nap // unit)) for nap in (NAP, LONG))
+                b.call(function, [b.select(b.icmp_signed("<", spins, _i64(SPINS + 200)), *naps)])
 
 
 @intrinsic
@@ -162,7 +163,7 @@ def _serve(typingctx, pool, worker):
         b.store(_i64(0), spins)
         b.branch(look)
         b.position_at_end(idle)
-        p.wait(b.load(spins), NAP)
+        p.wait(b.load(spins))
         b.store(b.add(b.load(spins), _i64(1)), spins)
         b.cbranch(b.icmp_signed("!=", p.load(STOP), _i64(0)), done, look)
         b.position_at_end(done)
@@ -222,7 +223,7 @@ def _fork(typingctx, body, pool, jobs, threads, args):
                 again, ready = b.append_basic_block("again"), b.append_basic_block("ready")
                 b.branch(again)
                 b.position_at_end(again)
-                p.wait(b.load(spins), NAP)
+                p.wait(b.load(spins))
                 b.store(b.add(b.load(spins), _i64(1)), spins)
                 b.cbranch(b.icmp_signed("<", p.load(DONE), jobs), again, ready)
                 b.position_at_end(ready)
