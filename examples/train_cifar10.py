@@ -43,7 +43,7 @@ config = nd.UNetConfig(
 )
 model = nd.UNet(config, device=args.device, seed=0)
 opt = nd.Adam(model.params, lr=2e-4, clip=1.0, ema=0.9999 if args.full else 0.999)
-diff = nd.Diffusion(timesteps=1000, schedule="cosine")
+diff = nd.Diffusion(timesteps=1000, schedule="cosine", prediction="v")
 print(f"{len(images)} images, {model.params.count:,} weights, {args.steps} steps")
 
 for step in range(args.steps):

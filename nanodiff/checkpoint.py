@@ -136,7 +136,7 @@ def claim(folder):
             raise NanodiffError(text) from None
         except (ImportError, OSError):  # Windows; a file system without locks
             pass
-        for path in folder.rglob(".*.tmp"):
+        for path in folder.rglob(".*.[0-9]*.tmp"):  # as write_file names them
             path.unlink(missing_ok=True)
         yield
 
@@ -148,7 +148,7 @@ def read_stats(folder, step=math.inf):
         for line in (Path(folder) / "stats.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                if record["step"] <= step:
+                if isinstance(record, dict) and record.get("step", math.inf) <= step:
                     records.append(record)
     return records
 

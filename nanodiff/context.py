@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from nanodiff import kernels
@@ -58,3 +60,7 @@ def set_threads(n):
             f"threads = {n!r}: must be an integer from 1 to {limit} (NUMBA_NUM_THREADS raises the limit)"
         )
     parallel_cpu.set_threads(n)
+    with contextlib.suppress(ImportError):  # NumPy's BLAS, which only the "ref" rendition calls
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(n, "blas")

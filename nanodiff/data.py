@@ -25,8 +25,7 @@ from nanodiff.kernels.random_ref import DATA, FLIP, ORDER, random_bits
 
 GLYPHS = "0123456789AEHKRX"  # capitals that resemble no digit
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no EPS and the like: those run programs
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+UNSAFE = {"EPS", "FPX", "MIC", "WMF", "PDF", "MPEG"}  # Pillow runs programs for these, or only writes them
 MAX_PIXELS = 1 << 26  # in one file, before it is decoded: a tiny file can claim to be huge
 MAX_SIDE = 4096
 INFLATE = 1032  # deflate cannot expand by more
@@ -320,17 +319,27 @@ def _checked_labels(labels, N, path):
 # ---- folders of images
 
 
+def _readable():
+    """{suffix: format} of all that Pillow reads by itself."""
+    from PIL import Image
+
+    Image.init()
+    known = Image.registered_extensions()
+    return {suffix: name for suffix, name in known.items() if name in Image.OPEN and name not in UNSAFE}
+
+
 def _load_folder(root, size, channels, count):
+    suffixes = _readable()
     paths = [
         path
         for path in sorted(root.rglob("*"))  # which enters no linked folder
-        if path.suffix.lower() in SUFFIXES
+        if path.suffix.lower() in suffixes
         and path.is_file()
         and not any(part[0] == "." for part in path.relative_to(root).parts)
         and (not path.is_symlink() or path.resolve().is_relative_to(root))
     ]
     if not paths:
-        raise FileNotFoundError(f"{root} has no images ({' '.join(SUFFIXES)}): check the path")
+        raise FileNotFoundError(f"{root} has no images ({' '.join(sorted(suffixes))}): check the path")
     names = [path.relative_to(root).parts[0] for path in paths]
     classes = () if any(path.parent == root for path in paths) else tuple(sorted(set(names)))
     n = min(count or len(paths), len(paths))
@@ -363,7 +372,7 @@ def _load_folder(root, size, channels, count):
 def _decode(path, size, channels):  # -> uint8 (H,W,C), C = 1 or 3
     from PIL import Image, ImageOps
 
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(path, formats=sorted(set(_readable().values()))) as image:
         W, H = image.size
         _require(W * H <= MAX_PIXELS, f"{W}x{H} pixels, more than {MAX_PIXELS}")
         if size:
@@ -395,8 +404,10 @@ def _load_npz(path):
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = (arrays[key] if key in arrays else None for key in (keys[0], "labels"))
     shape = images.shape
-    valid = 0 not in shape and (len(shape) == 3 and shape[-1] > 4 or len(shape) == 4 and shape[-1] <= 4)
-    _require(valid, f"{path}: images {shape}; use (N,H,W), or (N,H,W,C) with C from 1 to 4: transpose others")
+    valid = 0 not in shape and (
+        len(shape) == 3 and shape[-1] > 4 or len(shape) == 4 and shape[-1] in (1, 3, 4)
+    )
+    _require(valid, f"{path}: images {shape}; use (N,H,W), or (N,H,W,C) with C = 1, 3 or 4: transpose others")
     if images.dtype.kind == "f":
         low, high = images.min(), images.max()  # NaN fails the comparison, too
         _require(-1 <= low <= high <= 1, f"{path}: floats from {low} to {high}: scale them to [-1, 1]")
@@ -404,7 +415,8 @@ def _load_npz(path):
     _require(images.dtype == np.uint8, f"{path}: images of {images.dtype}: store uint8, or floats in [-1, 1]")
     if labels is not None:
         labels = _checked_labels(labels, len(images), path)
-    return Dataset(images if len(shape) == 4 else images[..., None], labels, path.stem)
+    images = np.ascontiguousarray(images if len(shape) == 4 else images[..., None])
+    return Dataset(images, labels, path.stem)
 
 
 def _npy_shape(archive, info, path):

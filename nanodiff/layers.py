@@ -110,8 +110,7 @@ class GroupNorm(Layer):
 
 
 class Attention(Layer):
-    """x + to_out(attention(to_q(h), to_k(h), to_v(h))), h = group norm of x: every pixel looks at every
-    pixel."""
+    """x + to_out(attention(to_q(h), to_k(h), to_v(h))) with h = group norm of x."""
 
     def __init__(self, net, name, C, heads, groups, eps):
         super().__init__(net)
@@ -188,8 +187,7 @@ class Dropout(Layer):
 
 
 class TimeEmbedding(Layer):
-    """silu of linear_2(silu(linear_1(sinusoids of t))) + class embedding: the form in which every block uses
-    it."""
+    """silu(linear_2(silu(linear_1(sinusoids of t))) + class embedding): as every block uses it."""
 
     def __init__(self, net, dim, D, flip_sin_to_cos, freq_shift, classes):
         super().__init__(net)

@@ -10,17 +10,14 @@ from nanodiff.context import NanodiffError
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015), optionally with clipping and an exponential moving average (EMA) of the
-    weights.
+    """Adam (Kingma & Ba 2015), with clipping and an exponential moving average (EMA) of the weights.
 
     params  a network's Params
     lr      step size;  betas, eps as in the paper
     clip    largest global gradient norm, None for no clipping
-    ema     largest decay of the average, None for no average. It warms up as (1 + n) / (10 + n), n = steps
-    taken.
+    ema     largest decay of the average, None for no average; after n steps at most (1 + n) / (10 + n)
 
-    m, v, ema are flat arrays like params.data. `state` is float64 [loss, squared gradient norm, taken,
-    skipped].
+    m, v, ema: flat arrays like params.data; state: float64 [loss, squared gradient norm, taken, skipped].
     """
 
     def __init__(self, params, lr=2e-4, betas=(0.9, 0.999), eps=1e-8, clip=None, ema=None):

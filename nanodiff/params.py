@@ -12,6 +12,12 @@ from nanodiff.kernels.random_ref import INIT, random_bits
 ALIGN = 16  # floats: every tensor starts on a cache line
 
 
+def _aligned_zeros(n, dtype):
+    memory = np.zeros(n * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + n * np.dtype(dtype).itemsize].view(dtype)
+
+
 class Param:
     """One named tensor: `data` and `grad` are views into the flat arrays."""
 
@@ -36,22 +42,25 @@ class Params:
         self.data = self.grad = None
 
     def add(self, name, shape, init):
-        """A tensor called `name`. init: "one", "zero", or the half-width of a uniform distribution around
-        0."""
+        """A tensor called `name`. init: "one", "zero", or a number w: uniform in [-w, w)."""
         self._named[name] = param = Param(name, tuple(shape), init, self._end)
         self._end += -(-param.size // ALIGN) * ALIGN
         return param
 
     def allocate(self, ctx, seed):
         """Make both arrays. Tensor number i draws from (seed, i): the same weights on every device."""
-        host = np.zeros(self._end, ctx.dtype)
+        host = _aligned_zeros(self._end, ctx.dtype)
         for i, p in enumerate(self):
             view = host[self[p].start : self[p].start + self[p].size]
             if self[p].init == "one":
                 view[:] = 1
             elif self[p].init != "zero":
                 view[:] = (random_bits((1, view.size), seed, i, INIT)[0] / 2.0**31 - 1) * self[p].init
-        self.ctx, self.data, self.grad = ctx, ctx.to_device(host), ctx.to_device(np.zeros_like(host))
+        self.ctx, self.data, self.grad = (
+            ctx,
+            ctx.to_device(host),
+            ctx.to_device(_aligned_zeros(self._end, ctx.dtype)),
+        )
         for p in self._named.values():
             p.data = self.data[p.start : p.start + p.size].reshape(p.shape)
             p.grad = self.grad[p.start : p.start + p.size].reshape(p.shape)

@@ -19,9 +19,11 @@ from pathlib import Path
 # What a setting left at None becomes, by the name of the data; "other" fills what a set leaves open.
 PRESETS = {
     "glyphs": dict(steps=1500, channels=(16, 32, 64), layers=1, lr=2e-3),
-    "mnist": dict(steps=3800, channels=(32, 64, 128), layers=1, lr=1e-3),
+    "mnist": dict(steps=4600, channels=(16, 64, 128), layers=1, attention=0, lr=1.5e-3),
     "cifar10": dict(steps=100_000, batch=64, channels=(64, 128, 256), lr=3e-4, ema=0.9995),
-    "other": dict(steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, lr=5e-4, ema=0.999),
+    "other": dict(
+        steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, attention=1, lr=5e-4, ema=0.999
+    ),
 }
 GROUPS, HEAD = 8, 32  # of every GroupNorm; width of an attention head
 PREVIEWS, PREVIEW_STEPS, FINAL_STEPS = 16, 20, 50  # images, DDIM steps while training, DDIM steps at the end
@@ -67,7 +69,7 @@ class TrainSettings:
     flip: bool = _setting(False, bool, "mirror half of the images, anew at every step")
     channels: tuple | None = _setting(None, tuple, "widths of the UNet's levels, such as 32,64,128", 1)
     layers: int | None = _setting(None, int, "residual blocks per level", 1)
-    attention: int = _setting(1, int, "how many of the deepest levels have attention", 0)
+    attention: int | None = _setting(None, int, "how many of the deepest levels have attention", 0)
     dropout: float = _setting(0.0, float, "share of activations dropped in residual blocks", 0, 0.95)
     schedule: str = _setting("cosine", str, "of the noise", choices=("cosine", "linear"))
     prediction: str = _setting("v", str, "what the network predicts", choices=("v", "eps", "x0"))
@@ -138,12 +140,12 @@ def unet_config(s, H, W, C):
     )  # fmt: skip
 
 
-def train_step(model, opt, diff, x0, labels=None, key=(0, 0), lr=None):
+def train_step(model, opt, diff, x0, labels=None, key=None, lr=None):
     """One step of training (Ho et al. 2020, algorithm 1); returns the loss, a float.
 
     x0      (B,H,W,C) float images in [-1, 1], of the host or the device
     labels  (B,) integers, or None
-    key     (seed, step): decides the diffusion times, the noise and the dropout
+    key     (seed, step): decides the diffusion times, the noise and the dropout; None: (0, steps done by opt)
     lr      learning rate of this step; None: the optimiser's own
 
     A step whose loss or gradient is not finite changes no weight (`opt.state[3]` counts those).
@@ -155,10 +157,16 @@ def train_step(model, opt, diff, x0, labels=None, key=(0, 0), lr=None):
     if getattr(x0, "ndim", 0) != 4 or x0.dtype.kind != "f":
         what = f"{x0.dtype} {x0.shape}" if hasattr(x0, "dtype") else type(x0).__name__
         raise _error(f"x0 is {what}: must be float (B,H,W,C) in [-1, 1]; data.to_float makes it of uint8")
-    ctx, k = model.ctx, model.ctx.k
+    ctx, k, channels = model.ctx, model.ctx.k, model.config.out_channels
+    if channels != x0.shape[3]:
+        raise _error(f"out_channels = {channels}: must be {x0.shape[3]}, the channels of x0, to train on it")
+    if key is None:
+        key = (0, int(ctx.to_host(opt.state)[2:].sum()))
     x0 = ctx.to_device(x0)
-    words = ctx.to_host(k.random_bits((len(x0),), *key, TIME)).astype(np.uint64)
-    t = (words * np.uint64(diff.timesteps) >> np.uint64(32)).astype(np.int64)  # uniform in [0, T)
+    # B times spread evenly over [0, T) from one random start: each is uniform, and together they make a
+    # gradient with less noise than B independent ones (Kingma et al. 2021, arXiv:2107.00630, appendix I.1)
+    B, start = len(x0), int(ctx.to_host(k.random_bits((1,), *key, TIME))[0])
+    t = np.array([((start + (i << 32) // B) % 2**32) * diff.timesteps >> 32 for i in range(B)])
     a, s = (ctx.to_device(scale) for scale in diff.scales(t))
     eps = ctx.to_device(k.normal(x0.shape, *key, NOISE))
     xt, target = k.q_sample(x0, eps, a, s, diff.prediction)
@@ -330,6 +338,9 @@ def train(settings=None):
                         words = "  ".join(f"{key} {value}" for key, value in line.items())
                         print(f"step {step} of {s.steps}  {words}  {left / 60:.1f} min left", flush=True)
                     window, busy, fresh = [], 0.0, 0
+                if step % s.save_every == 0:
+                    save()
+                    kept = step
                 if step % s.sample_every == 0 and not asked:
                     grids, steps = [], min(PREVIEW_STEPS, s.timesteps)
                     for weights in views:
@@ -339,9 +350,6 @@ def train(settings=None):
                             )
                         grids.append(images.grid(x, scale=zoom(shape)))
                     images.save_png(folder / "samples" / f"{step:06d}.png", np.concatenate(grids, axis=1))
-                if step % s.save_every == 0:
-                    save()
-                    kept = step
             if kept < step:
                 save()
         if step < s.steps:

@@ -1,5 +1,4 @@
-"""The UNet: a path down, a middle, a path up that is handed the skips. Its backward is its forward read
-bottom-up."""
+"""The UNet: a path down, a middle, a path up that is handed the skips; backward is forward read bottom-up."""
 
 import contextlib
 import dataclasses
@@ -61,7 +60,12 @@ class UNetConfig:
 
     def __post_init__(self):
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)):
+                raise NanodiffError(
+                    f"UNetConfig.{name} = {value!r}: must be a list, one entry for each level"
+                )
+            object.__setattr__(self, name, tuple(value))
         if isinstance(self.sample_size, list):
             object.__setattr__(self, "sample_size", tuple(self.sample_size))
         self._check()
@@ -74,6 +78,8 @@ class UNetConfig:
         def whole(value, least=1):
             return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
+        for field in ("dropout", "norm_eps", "freq_shift", "mid_block_scale_factor"):
+            need(isinstance(getattr(self, field), (int, float)), field, "must be a number")
         channels, groups = self.block_out_channels, self.norm_num_groups
         need(
             channels and all(map(whole, channels)),
@@ -110,9 +116,10 @@ class UNetConfig:
                 )
         if self.mid_block_type and self.add_attention:
             head = self.attention_head_dim or channels[-1]
-            need(
-                whole(head) and channels[-1] % head == 0, "attention_head_dim", f"must divide {channels[-1]}"
-            )
+            divides = whole(head) and channels[-1] % head == 0
+            need(divides, "attention_head_dim", f"must divide {channels[-1]}")
+            divides = channels[-1] % (self.attn_norm_num_groups or groups) == 0
+            need(divides, "attn_norm_num_groups", f"must divide {channels[-1]}")
         need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         need(self.norm_eps > 0, "norm_eps", "must be above 0")
         need(self.downsample_padding in (0, 1), "downsample_padding", "must be 0 or 1")
@@ -139,8 +146,7 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, d):
-        """From a diffusers config.json: keys that are not fields are ignored, missing ones take diffusers'
-        defaults."""
+        """From a diffusers config.json: unknown keys are ignored, missing ones take diffusers' defaults."""
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{**_DIFFUSERS, **{k: v for k, v in d.items() if k in names}})
 
@@ -215,6 +221,7 @@ class UNet:
             raise NanodiffError(f"init = {init!r}: must be 'ddpm' or 'torch'")
         self.config, self.ctx, self.init = config, Context(device, dtype), init
         self.params, self.layers, self.key = Params(), [], None
+        self._widths, self._shape = [], None  # of the last forward, for its backward
         self._build(config)
         self.params.allocate(self.ctx, seed)
 
@@ -273,14 +280,16 @@ class UNet:
         for layer in self.layers:  # what a forward left that no backward followed
             layer._stack.clear()
         self.key, self.ctx.saving = key, True
+        self._shape = None
         try:
-            return self._forward(*self._checked(x, t, labels))
+            out = self._forward(*self._checked(x, t, labels))
         finally:
             self.ctx.saving = False
+        self._shape = out.shape
+        return out
 
     def predict(self, x, t, labels=None):
-        """`forward` without dropout, keeping nothing: for sampling. Sample b depends on x[b], t[b], labels[b]
-        alone."""
+        """`forward` without dropout, keeping nothing. Sample b depends on x[b], t[b] and labels[b] alone."""
         return self._forward(*self._checked(x, t, labels))
 
     def _forward(self, x, t, labels):
@@ -313,6 +322,16 @@ class UNet:
 
     def backward(self, dout):
         """The gradient of x from that of the last forward's output; adds into params.grad."""
+        shape, self._shape = self._shape, None
+        if shape is None:
+            raise RuntimeError(
+                "backward without a forward before it: call forward first, once for each backward"
+            )
+        if tuple(getattr(dout, "shape", ())) != shape:
+            self._shape = shape
+            raise NanodiffError(
+                f"dout has shape {getattr(dout, 'shape', None)}: must be {shape}, as forward's output"
+            )
         k = self.ctx.k
         widths, dskips, self.demb = list(self._widths), [], None
         dh, _ = self.conv_out.backward(self.ctx.to_device(dout))

@@ -40,7 +40,7 @@ import numpy as np
 import nanodiff as nd
 
 config = nd.UNetConfig(
-    block_out_channels=(16, 32, 32), attention_head_dim=8, in_channels=3, out_channels=3, dropout=0.1,
+    block_out_channels=(16, 32, 128), attention_head_dim=8, in_channels=3, out_channels=3, dropout=0.1,
     down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 )

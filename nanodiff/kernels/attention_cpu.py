@@ -21,7 +21,7 @@ product, product_t = make_product(ROWS), make_product(ROWS_T, transposed=True)
 
 @njit(flags=FAST)
 def exp(x):
-    """exp of x <= 0: see norm_cpu.sigmoid; 0 below -87."""
+    """exp of x <= 0: see norm_cpu.sigmoid; exp(-87), next to nothing, below -87."""
     x = max(x, f32(-87))
     n = np.floor(x * f32(1.44269504) + f32(0.5))
     r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)

@@ -1,16 +1,14 @@
-"""Matrix products on the CPU around one micro-kernel, for linear layers and every convolution that is not
-Winograd.
+"""Matrix products on the CPU, for linear layers and for every convolution that is not Winograd.
 
 A convolution is a matrix product of its windows: row = output pixel, column = (tap, input channel). The
-windows of a few pixels at a time are gathered into scratch memory that stays in the cache (an "im2col" of 16
-rows, not of the image), then multiplied with weights packed in panels of 16 output channels. The gather costs
+windows of a few pixels at a time are gathered into scratch memory that stays in the cache (an "im2col" of a
+few rows, not of the image), then multiplied with weights packed in panels of 16 output channels. The gather costs
 one copy for every 2 * O operations on the copied value, and in return any kernel size, stride, padding and
 channel count is the same code. Gradients of the data gather from dout instead of x; those of the weights
 multiply transposed windows.
 
-A *geometry* is an int64 array: image sizes, and the list of taps (dy, dx, index into the weights) to gather:
-    row (b, y, x) gathers pixel (y * up + dy, x * up + dx) // down of image b, where that division has no
-    remainder
+Rows count the pixels of a grid in each image; taps are pairs (dy, dx). Row (b, y, x) gathers, of image b, the
+pixels (y * scale + dy, x * scale + dx), or, going back through a stride, (y + dy, x + dx) / stride.
 """
 
 import numpy as np
@@ -31,8 +29,7 @@ def panels(n):
 
 @parallel
 def pack(job, worker, weight, taps, transposed, out):
-    """out[p, tap, c, 0:16] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0
-    beyond.
+    """out[p, tap, c, :] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0 beyond.
 
     One job per (panel, tap); `taps` lists the taps of the weights in the order of the panels.
     """
@@ -100,8 +97,10 @@ def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, dep
 
 @parallel
 def windows_product(job, worker, x, weight, bias, residual, out, taps, geometry, scratch, block, groups):
-    """out[pixel] = bias + residual[pixel] + window(pixel) @ weight; a job makes `block` rows of one of
-    `groups` groups of panels."""
+    """out[pixel] = bias + residual[pixel] + window(pixel) @ weight.
+
+    A job makes `block` rows of one of `groups` groups of panels.
+    """
     rows, width, area, scale, grid, oy, ox, plain = geometry
     P, T, C, _ = weight.shape
     depth, O = T * C, out.shape[3]

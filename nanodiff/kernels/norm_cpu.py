@@ -104,15 +104,20 @@ def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx,
         s2[c] = 0
     for i in range(N):  # dy into dx; sums of dy and dy * (x - mean)
         row, drow, to = x[b, i, c0 : c0 + wide], dout[b, i, c0 : c0 + wide], dx[b, i, c0 : c0 + wide]
-        for c in range(wide):
-            dy = drow[c]
-            if silu:
-                y = (row[c] - centre[c]) * scale[c] + shift[c]
-                s = sigmoid(y)
-                dy *= s * (f32(1) + y * (f32(1) - s))
-            to[c] = dy
-            s1[c] += dy
-            s2[c] += dy * (row[c] - centre[c])
+        if silu:
+            for c in range(wide):
+                d = row[c] - centre[c]
+                y = d * scale[c] + shift[c]
+                q = sigmoid(y)
+                dy = drow[c] * q * (f32(1) + y * (f32(1) - q))
+                to[c] = dy
+                s1[c] += dy
+                s2[c] += dy * d
+        else:
+            for c in range(wide):
+                to[c] = drow[c]
+                s1[c] += drow[c]
+                s2[c] += drow[c] * (row[c] - centre[c])
     for g in range(g0, g1):
         r = np.float64(rstd[b, g])
         total, total_norm = 0.0, 0.0

@@ -1,8 +1,8 @@
 """How CPU kernels are compiled, cached, run on threads, and given memory.
 
     @njit                     a Numba function of ours: no GIL, IEEE division, cached on disk
-    @parallel                 a body(job, worker, *args), called as body(jobs, *args): the jobs run on all
-    threads empty(shape)              an aligned array whose memory is used again once nobody refers to it
+    @parallel                 a body(job, worker, *args), called as body(jobs, *args): jobs on all threads
+    empty(shape)              an aligned array whose memory is used again once nobody refers to it
 
 Numba's own `prange` costs about a second of compilation for each loop, and its threads wait for one another
 even when one of them never got a core. `@parallel` compiles the body once, serially, and every thread takes
@@ -24,6 +24,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.compiler import Flags
 from numba.extending import intrinsic
 
 I8P, I64 = ir.IntType(8).as_pointer(), ir.IntType(64)
@@ -33,6 +34,8 @@ def _vector_width():
     """Floats per SIMD register of this machine, or 1 where no fused multiply-add is known."""
     wanted, features = os.environ.get("NANODIFF_VECTOR", ""), llvm.get_host_cpu_features()
     if wanted:
+        if wanted not in ("1", "4", "8", "16"):
+            raise ValueError(f"NANODIFF_VECTOR = {wanted!r}: must be 1, 4, 8 or 16 floats per register")
         return int(wanted)
     if features.get("avx512f"):
         return 16
@@ -79,12 +82,14 @@ def njit(function=None, *, flags=()):
 
 # ---- threads ----
 # The pool is a few numbers in memory that every thread looks at, each on a cache line of its own:
-#   TICKET  threads << 48 | number of jobs << 24 | next job: whoever moves it on by 1, atomically, owns that
-# job   TASK    address of the compiled task(arguments, job, worker);   ARGS  address of its arguments
-#   DONE    jobs that workers have finished;   BUSY  1 while a caller uses the pool;   STOP  1 when the
-# program ends The calling thread takes jobs like any other and waits only for jobs that somebody has begun. A
-# worker that the operating system leaves waiting (another program has its core) therefore delays nobody;
-# OpenMP's barriers do.
+#   TICKET  threads << 48 | number of jobs << 24 | next job: who moves it on by 1, atomically, owns that job
+#   TASK    address of the compiled task(arguments, job, worker)
+#   ARGS    address of its arguments
+#   DONE    jobs that are finished
+#   BUSY    1 while a caller uses the pool
+#   STOP    1 when the program ends
+# The calling thread takes jobs like any other and waits only for jobs that somebody has begun. A worker that
+# the operating system leaves waiting (another program has its core) therefore delays nobody.
 TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
 FIELD, MASK = 24, (1 << 24) - 1
 SPINS = 4000  # looks, of some 20 ns each, before a thread without work goes to sleep
@@ -182,7 +187,12 @@ def _fork(typingctx, body, pool, jobs, threads, args):
         _, base, jobs, threads, args_value = values
         # compiled into the launcher, with its flags, and never on its own: half the work of a second njit
         # function
-        compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature)
+        flags = Flags()
+        flags.nrt, flags.error_model = (
+            True,
+            "numpy",
+        )  # Python's check of every division would keep loops scalar
+        compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature, flags=flags)
         shared = cgutils.alloca_once_value(b, args_value)
         ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
         task = ir.Function(b.module, ftype, b.module.get_unique_name("task"))

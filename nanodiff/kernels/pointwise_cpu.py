@@ -47,7 +47,7 @@ def dropout_chunk(job, worker, x, bits, threshold, scale, out):
 
 def dropout(x, rate, seed, step, site):
     bits, out = random_bits(x.shape, seed, step, DROPOUT + 256 * site), empty(x.shape)
-    threshold, scale = np.uint32(round(rate * 2**32)), np.float32(1 / (1 - rate))
+    threshold, scale = np.uint32(min(round(rate * 2**32), 2**32 - 1)), np.float32(1 / (1 - rate))
     dropout_chunk(_chunks(x.size), x.reshape(-1), bits.reshape(-1), threshold, scale, out.reshape(-1))
     return out
 

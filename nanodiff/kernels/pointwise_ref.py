@@ -65,7 +65,7 @@ def dropout(x, rate, seed, step, site):
     same call on dout, since out = mask * x makes dx = mask * dout.
     """
     bits = random_bits(x.shape, seed, step, DROPOUT + 256 * site)
-    keep = bits >= np.uint32(round(rate * 2**32))
+    keep = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return np.where(keep, x * x.dtype.type(1 / (1 - rate)), x.dtype.type(0))
 
 

@@ -53,14 +53,13 @@ def _at(b, p, *offsets):
     return p
 
 
-def make_product(rows, transposed=False, unroll=1):
+def make_product(rows, transposed=False):
     """C[rows, 16] (+)= A[rows, depth] @ B[depth, 16], all of C in registers.
 
-    A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; B[k, :] at B[k * ldb]; C[r, :] at C[r *
-    ldc]. Each step of the loop over k loads one row of B (NV registers) and, for every row of C, spreads one
-    element of A over a register and does NV fused multiply-adds: rows * NV independent ones, enough to hide
-    their latency. `add` != 0 adds to what is in C. The sum over k is in order, one accumulator per element of
-    C.
+    A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; row k of B at B[k * ldb], row r of C at
+    C[r * ldc]. Each step of the loop over k loads one row of B (NV registers) and, for every row of C,
+    spreads one element of A over a register and does NV fused multiply-adds: rows * NV independent ones,
+    enough to hide their latency. `add` != 0 adds to what is in C. The sum over k is in order.
     """
 
     @intrinsic
@@ -95,12 +94,7 @@ def make_product(rows, transposed=False, unroll=1):
                         s = sums[r * NV + j]
                         b.store(b.call(fma, [av, bv[j], b.load(s)]), s)
 
-            whole = b.and_(depth, i64(-unroll))
-            if unroll > 1:
-                with cgutils.for_range_slice(b, i64(0), whole, i64(unroll), I64) as (k, _):
-                    for u in range(unroll):
-                        step(b.add(k, i64(u)))
-            with cgutils.for_range_slice(b, whole if unroll > 1 else i64(0), depth, i64(1), I64) as (k, _):
+            with cgutils.for_range_slice(b, i64(0), depth, i64(1), I64) as (k, _):
                 step(k)
             for (r, j), s in zip(cells, sums):
                 _store(b, b.load(s), _at(b, c_row[r], VECTOR * j))

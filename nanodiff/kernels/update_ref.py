@@ -11,14 +11,12 @@ def squared_norm(grad):  # (n,) -> float64 (1,)
 
 
 def adam_update(weights, grad, m, v, ema, state, lr, beta1, beta2, eps, clip, ema_decay):
-    """One step of Adam (Kingma & Ba 2015, algorithm 1) with clipping by global norm and an average of the
-    weights.
+    """One step of Adam (Kingma & Ba 2015, algorithm 1), with clipping and an average of the weights.
 
-    state  float64 (4,): loss, squared gradient norm, steps taken, steps skipped. A loss or norm that is not
-    finite
-           makes the step do nothing but count itself as skipped: no host ever has to look.
-    clip   largest gradient norm, 0 for none: grad is used times min(1, clip / (norm + 1e-6)), and left as it
-    is ema    the running average of the weights, or an array of no elements;
+    state  float64 (4,): loss, squared gradient norm, steps taken, steps skipped. If one of the first two is
+           not finite, the step does nothing but count itself as skipped: no host ever has to look.
+    clip   largest gradient norm, 0 for none: grad is used times min(1, clip / (norm + 1e-6)), and not changed
+    ema    the running average of the weights, or an array of no elements;
            its decay warms up as min(ema_decay, (1 + n) / (10 + n)), n = steps taken before
     """
     if not np.isfinite(state[:2]).all():

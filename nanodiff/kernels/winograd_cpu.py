@@ -8,8 +8,8 @@ convolution, plus transforms that grow with C + O instead of C * O. The price is
 8): about 3e-6 relative RMS in float32, ten times a direct sum.
 
 The backward needs nothing new. dx is the same convolution of dout with the weights turned by 180 degrees and
-with their channels exchanged. For the weights, y_tile is linear in U = G w G^T, so with V = B^T x B and D = A
-dy A^T (the adjoint of "A^T . A"):
+with their channels exchanged. For the weights, y_tile is linear in U = G w G^T, so with V = B^T x B and
+D = A dy A^T (the adjoint of "A^T . A"):
     dU[f] = sum over tiles of V[f]^T D[f],     dw = G^T dU G
 C and O must be multiples of 16. Every table of addresses below says where the pixels of a tile are: borders
 are entries that point to a row of zeros (or, for outputs, to a row that nobody reads).
