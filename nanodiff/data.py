@@ -25,6 +25,7 @@ from nanodiff.kernels.random_ref import DATA, FLIP, ORDER, random_bits
 
 GLYPHS = "0123456789AEHKRX"  # capitals that resemble no digit
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+COMMON = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # recognised whatever the file is called
 UNSAFE = {"EPS", "FPX", "MIC", "WMF", "PDF", "MPEG"}  # Pillow runs programs for these, or only writes them
 MAX_PIXELS = 1 << 26  # in one file, before it is decoded: a tiny file can claim to be huge
 MAX_SIDE = 4096
@@ -372,7 +373,7 @@ def _load_folder(root, size, channels, count):
 def _decode(path, size, channels):  # -> uint8 (H,W,C), C = 1 or 3
     from PIL import Image, ImageOps
 
-    with Image.open(path, formats=sorted(set(_readable().values()))) as image:
+    with Image.open(path, formats=[*COMMON, _readable()[path.suffix.lower()]]) as image:
         W, H = image.size
         _require(W * H <= MAX_PIXELS, f"{W}x{H} pixels, more than {MAX_PIXELS}")
         if size:

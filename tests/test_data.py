@@ -270,7 +270,10 @@ def test_wrong_checksum_and_missing_file_leave_nothing(server, tmp_path):
 
 
 def picture(H=8, W=8, C=3):
-    return Image.fromarray(rng.integers(0, 256, (H, W, C), np.uint8).squeeze())
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (H, W, C), np.uint8
+    )  # always the same: hypothesis needs it
+    return Image.fromarray(pixels.squeeze())
 
 
 def test_folder_with_classes(tmp_path):
@@ -409,10 +412,10 @@ def test_npz(tmp_path):
     for dtype, scaled in ((np.float32, to_float(images)), (np.float64, images / 255)):
         np.savez(file, images=scaled.astype(dtype))
         np.testing.assert_array_equal(load_data(file).images, images)
+    np.savez(file, images=np.asfortranarray(images))
+    assert load_data(file).images.flags.c_contiguous
     np.savez(file, images=images[..., :2])
-    assert load_data(file).images.shape == (6, 5, 7, 2)
-    refuses("channels = 3", "2", call=lambda: load_data(file, channels=3))
-    refuses("2 channels", call=lambda: load_data(file, size=9))
+    refuses("C = 1, 3 or 4", "(6, 5, 7, 2)", call=lambda: load_data(file))
 
 
 PLAIN = np.zeros((6, 8, 8, 3), np.uint8)

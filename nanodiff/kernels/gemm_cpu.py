@@ -2,10 +2,10 @@
 
 A convolution is a matrix product of its windows: row = output pixel, column = (tap, input channel). The
 windows of a few pixels at a time are gathered into scratch memory that stays in the cache (an "im2col" of a
-few rows, not of the image), then multiplied with weights packed in panels of 16 output channels. The gather costs
-one copy for every 2 * O operations on the copied value, and in return any kernel size, stride, padding and
-channel count is the same code. Gradients of the data gather from dout instead of x; those of the weights
-multiply transposed windows.
+few rows, not of the image), then multiplied with weights packed in panels of 16 output channels. The gather
+costs one copy for every 2 * O operations on the copied value, and in return any kernel size, stride,
+padding and channel count is the same code. Gradients of the data gather from dout instead of x; those of
+the weights multiply transposed windows.
 
 Rows count the pixels of a grid in each image; taps are pairs (dy, dx). Row (b, y, x) gathers, of image b, the
 pixels (y * scale + dy, x * scale + dx), or, going back through a stride, (y + dy, x + dx) / stride.

@@ -188,10 +188,9 @@ def _fork(typingctx, body, pool, jobs, threads, args):
         # compiled into the launcher, with its flags, and never on its own: half the work of a second njit
         # function
         flags = Flags()
-        flags.nrt, flags.error_model = (
-            True,
-            "numpy",
-        )  # Python's check of every division would keep loops scalar
+        flags.nrt = True
+        flags.error_model = "numpy"  # Python's check of every division would keep loops scalar
+        flags.noalias = True  # an op writes into no array it was handed, so outputs overlap nothing
         compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature, flags=flags)
         shared = cgutils.alloca_once_value(b, args_value)
         ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
