@@ -25,7 +25,7 @@ PRESETS = {
         steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, attention=1, lr=5e-4, ema=0.999
     ),
 }
-GROUPS, HEAD = 8, 32  # of every GroupNorm; width of an attention head
+GROUPS, HEAD = 8, 32  # of every GroupNorm; widest attention head
 PREVIEWS, PREVIEW_STEPS, FINAL_STEPS = 16, 20, 50  # images, DDIM steps while training, DDIM steps at the end
 PATIENCE = 5  # skipped steps in a row that end a run
 FREE = {
@@ -132,9 +132,10 @@ def unet_config(s, H, W, C):
         near = "x".join(str(max(1, round(side / stride)) * stride) for side in (H, W))
         remedy = f"use --size {near} or fewer --channels"
         raise _error(f"images are {H}x{W}: {levels} levels need sides divisible by {stride}; {remedy}")
+    head = math.gcd(HEAD, *s.channels[-max(deep, 1) :])  # divides every width that has attention
     return UNetConfig(
         sample_size=H if H == W else (H, W), in_channels=C, out_channels=C, block_out_channels=s.channels,
-        layers_per_block=s.layers, dropout=s.dropout, norm_num_groups=GROUPS, attention_head_dim=HEAD,
+        layers_per_block=s.layers, dropout=s.dropout, norm_num_groups=GROUPS, attention_head_dim=head,
         down_block_types=("DownBlock2D",) * (levels - deep) + ("AttnDownBlock2D",) * deep,
         up_block_types=("AttnUpBlock2D",) * deep + ("UpBlock2D",) * (levels - deep),
     )  # fmt: skip

@@ -228,7 +228,7 @@ WRONG_COMMANDS = [
     ("train --channels 8,16 --attention 3", ["attention = 3", "0 to 2"]),
     ("train --channels 9,18 --layers 1", ["norm_num_groups", "[9, 18]"]),
     ("train --data no/such/place", ["no/such/place", "glyphs"]),
-    ("train --data {run}/../noise.npz --out {run} --lr 0.5 --device ref", ["batch = 2, not 32", "--out"]),
+    ("train --data {run}/../noise.npz --out {run} --lr 0.5 --device ref", ["steps = 2, not 20000", "--out"]),
     ("train --data {run}/../noise.npz --out {run}/..", ["holds other files", "--out"]),
     ("sample", ["RUN|FOLDER"]),
     ("sample no/such/run", ["no/such/run", "run folder"]),
