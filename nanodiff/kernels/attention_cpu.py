@@ -8,6 +8,7 @@ array exists. Keys and values are first packed in the panels of 16 columns that 
 import numpy as np
 
 from nanodiff.kernels import parallel_cpu
+from nanodiff.kernels.norm_cpu import exp
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
 from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product
 
@@ -17,21 +18,6 @@ f32 = np.float32
 FAST = {"contract", "reassoc"}  # sums along a row may be split over the lanes of a register: a fixed split
 QUERIES = 4 * ROWS
 product, product_t = make_product(ROWS), make_product(ROWS_T, transposed=True)
-
-
-@njit(flags=FAST)
-def exp(x):
-    """exp of x <= 0: see norm_cpu.sigmoid; exp(-87), next to nothing, below -87."""
-    x = max(x, f32(-87))
-    n = np.floor(x * f32(1.44269504) + f32(0.5))
-    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)
-    p = f32(1 / 720) * r + f32(1 / 120)
-    p = p * r + f32(1 / 24)
-    p = p * r + f32(1 / 6)
-    p = p * r + f32(0.5)
-    p = p * r + f32(1)
-    p = p * r + f32(1)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @njit

@@ -20,23 +20,27 @@ CACHE = 128 * 1024  # floats of x that a job should not exceed
 
 
 @njit(flags=FAST)
-def sigmoid(z):
-    """1 / (1 + exp(-z)), without branches or table so that the loop around it runs on SIMD registers.
+def exp(x):
+    """exp(x), without branches or table so that the loop around it runs on SIMD registers.
 
-    exp(-z) = 2^n * exp(r), n the nearest integer to -z / ln 2: the exponent bits of 2^n are n + 127, and
-    exp(r) on |r| <= ln 2 / 2 is its Taylor series to r^6 (error 2e-7). z is held within +-87, where float32
-    ends.
+    exp(x) = 2^n exp(r), n the nearest integer to x / ln 2: the exponent bits of 2^n are n + 127; exp(r) on
+    |r| <= ln 2 / 2 is its Taylor series to r^6 (error 2e-7). x is held within +-87, where float32 ends.
     """
-    z = min(max(-z, f32(-87)), f32(87))
-    n = np.floor(z * f32(1.44269504) + f32(0.5))
-    r = z - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts: n times the first is exact
+    x = min(max(x, f32(-87)), f32(87))
+    n = np.floor(x * f32(1.44269504) + f32(0.5))
+    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts: n times the first is exact
     p = f32(1 / 720) * r + f32(1 / 120)
     p = p * r + f32(1 / 24)
     p = p * r + f32(1 / 6)
     p = p * r + f32(0.5)
     p = p * r + f32(1)
     p = p * r + f32(1)
-    return f32(1) / (f32(1) + p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32))
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(flags=FAST)
+def sigmoid(z):
+    return f32(1) / (f32(1) + exp(-z))
 
 
 @parallel(flags=FAST)
