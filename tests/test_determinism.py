@@ -70,12 +70,14 @@ def test_training_gives_the_same_bits_for_1_2_and_3_threads():
 WIDTHS = """
 import json
 import numpy as np
-from nanodiff.kernels import simd_cpu
+from nanodiff.kernels import parallel_cpu, simd_cpu
 from nanodiff.testing import CASES, assert_close, run
 
-assert simd_cpu.VECTOR == WIDTH
+assert (parallel_cpu.VECTOR, parallel_cpu.AMX) == (WIDTH, UNIT)
 cases = {"conv_forward": [5, 7, 9, 18], "conv_backward": [5, 7, 9, 18], "linear_forward": [3, 6]}
-if WIDTH == 8:
+if UNIT:
+    cases |= {"conv_forward": [1, 5, 7, 18, 22, 29], "conv_backward": [1, 5, 7, 18, 22, 29]}
+if WIDTH >= 8:
     cases |= {"linear_backward": [3, 6], "attention_forward": [6, 7], "attention_backward": [6, 7]}
 for op, chosen in cases.items():
     for dims in (CASES[op].shapes[i] for i in chosen):
@@ -91,22 +93,24 @@ print(json.dumps("ok"))
 def widths():
     """A process for each vector width, in the background of all tests here: they mostly compile."""
     features, running = llvm.get_host_cpu_features(), {}
-    if features.get("avx2") and features.get("fma"):
-        running[8] = start(WIDTHS.replace("WIDTH", "8"), NANODIFF_VECTOR="8")
-    for width in (4, 1):
-        running[width] = start(WIDTHS.replace("WIDTH", str(width)), NANODIFF_VECTOR=str(width))
+    here = {16: features.get("avx512f"), 8: features.get("avx2") and features.get("fma"), 4: True, 1: True}
+    for width, amx in ((16, "0"), (8, "0"), (4, "emulate"), (4, "0"), (1, "0")):
+        if here[width]:
+            unit = 2 * (amx == "emulate")
+            code = WIDTHS.replace("WIDTH", str(width)).replace("UNIT", str(unit))
+            running[width, amx] = start(code, NANODIFF_VECTOR=str(width), NANODIFF_AMX=amx)
     yield running
     for process in running.values():
         process.kill()
         process.communicate()
 
 
-@pytest.mark.parametrize("width", [8, 4, 1])
-def test_every_vector_width(widths, width):
-    """AVX2 (on a machine that may have AVX-512), the width of NEON, and none; the last two run anywhere."""
-    if width not in widths:
-        pytest.skip("this processor has no AVX2 with fused multiply-add")
-    assert finish(widths[width]) == "ok"
+@pytest.mark.parametrize("width, amx", [(16, "0"), (8, "0"), (4, "emulate"), (4, "0"), (1, "0")])
+def test_every_vector_width(widths, width, amx):
+    """AVX-512, AVX2, the width of NEON, and none; and what a matrix unit runs, emulated."""
+    if (width, amx) not in widths:
+        pytest.skip("this processor has no vectors of that width with fused multiply-add")
+    assert finish(widths[width, amx]) == "ok"
 
 
 LINEAR = """
@@ -123,7 +127,7 @@ print(json.dumps([out[0].tolist(), files]))
 def test_the_cache_follows_every_source(tmp_path):
     """Numba's cache looks at the file of a kernel alone; here a helper in another file changes under it."""
     shutil.copytree(ROOT / "nanodiff", tmp_path / "nanodiff", ignore=shutil.ignore_patterns("__pycache__"))
-    cache = dict(NUMBA_CACHE_DIR=str(tmp_path / "cache"))
+    cache = dict(NUMBA_CACHE_DIR=str(tmp_path / "cache"), NANODIFF_AMX="0")
     out, files = python(LINEAR, tmp_path, **cache)
     assert out == [7, 7] and files > 0
     assert python(LINEAR, tmp_path, **cache) == [out, files]  # read from the cache: nothing was added to it

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import nanodiff as nd
+from nanodiff.kernels.parallel_cpu import AMX
 from nanodiff.params import Params
 from nanodiff.unet import UNet, UNetConfig
 
@@ -138,7 +139,8 @@ def test_cpu_is_ref():
         model = small(device, num_class_embeds=5, dropout=0.2)
         outs.append(model.forward(x, t, labels, key=(3, 4)))
         grads.append([model.backward(np.ones_like(x)), model.params.grad])
-    assert np.abs(outs[0] - outs[1]).max() < 1e-5 * np.abs(outs[1]).max()  # about twenty layers of float32
+    limit = 4e-5 if AMX else 1e-5  # about twenty layers, of products of bfloat16 pairs or of float32
+    assert np.abs(outs[0] - outs[1]).max() < limit * np.abs(outs[1]).max()
     for a, b in zip(*grads):
         assert np.linalg.norm(a - b) < 3e-5 * np.linalg.norm(b)
 

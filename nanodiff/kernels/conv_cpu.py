@@ -1,12 +1,14 @@
-"""Convolutions on the CPU: Winograd where it pays, else gathered windows times packed weights.
+"""Convolutions on the CPU: on the matrix unit if there is one (amx_cpu.py), else by Winograd where it pays
+(winograd_cpu.py), else gathered windows times packed weights (gemm_cpu.py).
 
-Maths: conv_ref.py; the two methods: winograd_cpu.py and gemm_cpu.py. The choice is a matter of shape alone.
+Maths: conv_ref.py. The choice is a matter of the machine and of shape alone.
 """
 
 import numpy as np
 
+from nanodiff.kernels import amx_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
-from nanodiff.kernels.parallel_cpu import empty
+from nanodiff.kernels.parallel_cpu import AMX, empty
 from nanodiff.kernels.simd_cpu import PANEL
 from nanodiff.kernels.winograd_cpu import transformed_weights, winograd, winograd_weight_gradient
 
@@ -29,6 +31,9 @@ def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
     """Winograd-transformed weights (O/16, 36, C, 16), or packed ones (O/16, kh, kw, C, 16), for images of H x
     W."""
     kh, kw, C, O = weight.shape
+    if AMX:
+        tiles = amx_cpu.tile_weights(weight.reshape(-1, C, O))
+        return tiles.reshape(*tiles.shape[:2], kh, kw, -1)
     if uses_winograd(weight.shape, H, W, stride, pad):
         return transformed_weights(weight)
     return packed(weight.reshape(-1, C, O)).reshape(-1, kh, kw, C, PANEL)
@@ -36,6 +41,16 @@ def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
 
 def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None):
     bias = bias[None] if emb is None else bias + emb
+    if AMX:
+        B, H, W, C = x.shape
+        kh, kw = weight.shape[2:4]
+        OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
+        out, plan = (
+            empty((B, OH, OW, bias.shape[1])),
+            amx_cpu.forward_plan(B, H, W, kh, kw, stride, tuple(pad)),
+        )
+        amx_cpu.products(plan, x.reshape(-1, C), weight, bias, out.reshape(-1, bias.shape[1]), residual)
+        return out
     if weight.ndim == 4:
         return winograd(x, weight, bias, residual)
     B, H, W, C = x.shape
@@ -54,6 +69,16 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
     kh, kw, _, O = weight.shape
     demb = sums(dout.reshape(-1, O), B)
     dbias += demb.sum(0)
+    if AMX:
+        shape, rows = (B, H, W, kh, kw, stride, tuple(pad)), dout.reshape(-1, O)
+        flat, dx = weight.reshape(-1, *weight.shape[2:]), empty(x.shape)
+        amx_cpu.weight_products(
+            amx_cpu.forward_plan(*shape), x.reshape(B * H * W, -1), rows, dweight.reshape(flat.shape)
+        )
+        plan = amx_cpu.gradient_plan(*shape)
+        turned = amx_cpu.tile_weights(flat, plan.taps, turned=True)
+        amx_cpu.products(plan, rows, turned, np.zeros((1, x.shape[3]), np.float32), dx.reshape(B * H * W, -1))
+        return dx, demb
     if uses_winograd(weight.shape, H, W, stride, pad):
         winograd_weight_gradient(x, dout, dweight)
         return winograd(dout, transformed_weights(weight, turned=True), np.zeros((1, C), np.float32)), demb

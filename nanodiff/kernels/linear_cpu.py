@@ -1,9 +1,11 @@
-"""Linear layers on the CPU: products of packed weights. Maths: linear_ref.py; the machinery: gemm_cpu.py."""
+"""Linear layers on the CPU: 1x1 convolutions of an image one pixel high. Maths: linear_ref.py; the machinery:
+amx_cpu.py on a matrix unit, else gemm_cpu.py."""
 
 import numpy as np
 
+from nanodiff.kernels import amx_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
-from nanodiff.kernels.parallel_cpu import empty
+from nanodiff.kernels.parallel_cpu import AMX, empty
 
 __all__ = ["linear_forward", "linear_backward"]
 
@@ -17,6 +19,12 @@ def _as_image(x):  # (..., C) -> (1, 1, N, C)
 def linear_forward(x, weight, bias, residual=None):
     rows, out = _as_image(x), empty((*x.shape[:-1], weight.shape[1]))
     N = rows.shape[2]
+    if AMX:
+        plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
+        amx_cpu.products(
+            plan, rows[0, 0], amx_cpu.tile_weights(weight[None]), bias[None], _as_image(out)[0, 0], residual
+        )
+        return out
     convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N, residual=residual)
     return out
 
@@ -25,7 +33,13 @@ def linear_backward(dout, x, weight, dweight, dbias):
     rows, drows, dx = _as_image(x), _as_image(dout), empty(x.shape)
     N, C = rows.shape[2:]
     zero = np.zeros((1, C), np.float32)
+    dbias += sums(drows[0, 0], min(16, N)).sum(0)
+    if AMX:
+        plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
+        amx_cpu.weight_products(plan, rows[0, 0], drows[0, 0], dweight[None])
+        turned = amx_cpu.tile_weights(weight[None], turned=True)
+        amx_cpu.products(plan, drows[0, 0], turned, zero, _as_image(dx)[0, 0])
+        return dx
     convolve(drows, packed(weight[None], transposed=True), zero, _as_image(dx), HERE, N, N)
     weight_gradient(rows, drows, dweight, HERE)
-    dbias += sums(drows[0, 0], min(16, N)).sum(0)
     return dx

@@ -11,10 +11,12 @@ a job owns its outputs, and `worker` (0 .. threads-1) picks nothing but scratch 
 """
 
 import atexit
+import ctypes
 import hashlib
 import math
 import os
 import pathlib
+import sys
 import threading
 import types as pytypes
 
@@ -47,11 +49,26 @@ def _vector_width():
 VECTOR = _vector_width()
 
 
+def _matrix_unit():
+    """Of AMX (tiles_cpu.py): 1 where Linux lets this process use it, 2 to emulate it, 0 to do without."""
+    wanted, features = os.environ.get("NANODIFF_AMX", ""), llvm.get_host_cpu_features()
+    if wanted not in ("", "0", "emulate"):
+        raise ValueError(f"NANODIFF_AMX = {wanted!r}: must be 0 (do without AMX) or emulate, or not set")
+    here = VECTOR == 16 and features.get("amx-tile") and features.get("amx-bf16")
+    if wanted or not here or not sys.platform.startswith("linux"):
+        return 2 * (wanted == "emulate")
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, tile data): from now on the system keeps 8 KB more for each thread
+    return int(ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0)
+
+
+AMX = _matrix_unit()
+
+
 def _cache_folder():
     """A folder that changes with any source of the kernels: Numba itself looks only at the file of the
     function."""
     sources = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(f"{VECTOR} {numba.__version__}".encode())
+    digest = hashlib.sha256(f"{VECTOR} {AMX} {numba.__version__}".encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     home = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -198,6 +215,14 @@ def _fork(typingctx, body, pool, jobs, threads, args):
         task.linkage = "internal"
         tb = ir.IRBuilder(task.append_basic_block("entry"))
         unpacked = cgutils.unpack_tuple(tb, tb.load(tb.bitcast(task.args[0], args_value.type.as_pointer())))
+        for i, kind in enumerate(args.types):
+            if isinstance(kind, types.Array):
+                # Numba counts references at every slice: threads would fight for the count's cache line, at
+                # hundreds of nanoseconds a time. The caller keeps the arrays alive, so the body need not
+                # count.
+                array = context.make_array(kind)(context, tb, unpacked[i])
+                array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                unpacked[i] = array._getvalue()
         context.call_internal_no_propagate(tb, compiled.fndesc, body_signature, [*task.args[1:], *unpacked])
         tb.ret_void()
 
@@ -312,6 +337,23 @@ set_threads(max_threads())
 
 # ---- memory ----
 _shelf = {}  # bytes -> blocks nobody refers to
+_slab = [np.empty(0, np.uint8), 0]  # memory to cut new blocks from, and where the next one starts
+SLAB = (
+    1 << 26
+)  # bytes: large enough for huge pages, which NumPy asks the system for; a page walk saved per 4 KB
+
+
+def _cut(size):
+    """`size` bytes, and their address, which is on a cache line so that no vector load straddles two."""
+    memory, start = _slab
+    if start + size > memory.size:
+        memory = np.empty(max(SLAB, size) + 64, np.uint8)
+        start = -memory.ctypes.data % 64
+    _slab[:] = (
+        memory,
+        start + -(-size // 64) * 64 + 64,
+    )  # never two blocks in step: their lines would share sets
+    return memory, memory.ctypes.data + start
 
 
 class _Block:
@@ -324,8 +366,7 @@ class _Block:
         if shelf:
             self.memory, self.__array_interface__ = shelf.pop()
         else:
-            self.memory = np.empty(size + 64, np.uint8)
-            start = (self.memory.ctypes.data + 63) & ~63  # a cache line, so that no vector load straddles two
+            self.memory, start = _cut(size)
             self.__array_interface__ = {
                 "data": (start, False),
                 "shape": (size,),

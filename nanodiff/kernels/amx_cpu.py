@@ -1,0 +1,377 @@
+"""Convolutions and linear layers on the matrix unit of tiles_cpu.py: every kernel size, stride, padding and
+width.
+
+One picture covers them all. Lay the pixels of a batch end to end, rows of P positions, R rows an image, with
+just enough zeros between rows and between images that no window reaches a pixel of another row. A tap of a
+window is then a distance along that line, the same for all pixels:
+    out[q] = bias + sum over taps of line[q + distance] @ weight[tap]
+and 16 consecutive positions are the rows of a tile, wherever the images break. Positions that are no output
+pixel are computed and not written: 6 % of 32x32, 27 % of 8x8. A stride s looks at s * s lines, one for each
+remainder of the coordinates divided by s, which a tap names; so does nothing else need to know of strides.
+Gradients:
+    dx      the same convolution of dout with turned weights; behind a stride one for each remainder
+    dweight[tap] = sum over q of line[q]^T dout[q - distance]: a product along the line
+
+Lines are not kept. A job splits its part of x (tiles_cpu.py) into scratch memory that stays in its L2 cache:
+    frame [line, C/32, position, (hi, lo), 16 words]      word i = channels i and i + 16 of 32
+    weight [O/32, C/32 * taps, 2, (hi, lo), 16, 16]       the same words of 2 x 16 output channels: tiles of B
+and for a weight gradient, where the sum runs along the line, a word = positions q and q + 1:
+    xt [line, position/32, C/16, (hi, lo), 16, 16]        channels by words: tiles of A
+    pairs [O/16, q % 2, q/2, (hi, lo), 16]                at every q, so that any distance has its pairs
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from nanodiff.kernels import parallel_cpu
+from nanodiff.kernels.parallel_cpu import empty, njit, parallel
+from nanodiff.kernels.simd_cpu import at, shift, table_at
+from nanodiff.kernels.tiles_cpu import add_runs, begin, end, split_pair, tile_product, transpose16
+
+STEP = 1024  # words of B for one step of tile_product
+FRAME = 1 << 16  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
+DEEP = (
+    4  # steps of the sum, of 32 positions each, for which a weight gradient's operands stay in the L1 cache
+)
+CHUNK = 1 << 18  # words of xt and pairs that are multiplied at a time
+
+
+# ---- where everything is: tables that depend on shapes alone ----
+class Plan(NamedTuple):
+    """source[line, q]: the row of x at position q, -1 for zero; target[k, q]: the row of out that outputs of
+    class k go to, -1 for none; taps[k]: (line, distance, tap of the weights) of each class; span: the largest
+    distance. For the weight gradient: shifted = target[0] after `span` times -1; back = (line, span -
+    distance, tap)."""
+
+    source: np.ndarray
+    target: np.ndarray
+    taps: tuple
+    span: int
+    shifted: np.ndarray
+    back: np.ndarray
+
+
+def _pitch(size, out, stride, low, more):
+    """The fewest positions for `out` outputs such that those of `more` further on may share the next row's
+    first: zeros both."""
+
+    def zero(c):
+        return not any(0 <= stride * (c + low) + line < size for line in range(stride))
+
+    return next(
+        p for p in range(out, out + more + 1) if all(zero(c) and zero(c - p) for c in range(p, out + more))
+    )
+
+
+def _plan(B, size, out, stride, classes, target):
+    """size, out: (H, W) of x and of one class of outputs. classes: for each a list of (row shift, column
+    shift, tap); output (y, x) reads pixel (y, x) * stride + shift. target(k): the rows of out of its outputs,
+    (B, h, w)."""
+    shifts = [[tap[axis] // stride for taps in classes for tap in taps] for axis in (0, 1)]
+    low, more = [min(s) for s in shifts], [max(s) - min(s) for s in shifts]
+    R, P = (_pitch(size[a], out[a], stride, low[a], more[a]) for a in (0, 1))
+    n, span = -(-B * R * P // 32) * 32, more[0] * P + more[1]
+    source = np.full((stride, stride, n + span + 32), -1, np.int32)
+    y, x = (stride * (np.arange((R, P)[a])[:, None] + low[a]) + np.arange(stride) for a in (0, 1))
+    for i in range(stride):
+        for j in range(stride):
+            v, w = y[:, i, None], x[None, :, j]
+            inside = (v >= 0) & (v < size[0]) & (w >= 0) & (w < size[1])
+            rows = np.arange(B)[:, None, None] * size[0] * size[1] + np.where(inside, v * size[1] + w, 0)
+            source[i, j, : B * R * P] = np.where(inside, rows, -1).ravel()
+    targets, taps = np.full((len(classes), n), -1, np.int32), []
+    for k, members in enumerate(classes):
+        rows = target(k)
+        full = np.full((B, R, P), -1, np.int32)
+        full[:, : rows.shape[1], : rows.shape[2]] = rows
+        targets[k, : full.size] = full.ravel()
+        taps.append(tuple(
+            (i % stride * stride + j % stride, (i // stride - low[0]) * P + j // stride - low[1], tap)
+            for i, j, tap in members
+        ))  # fmt: skip
+    shifted = np.concatenate([np.full(span, -1, np.int32), targets[0], np.full(span + 96, -1, np.int32)])
+    back = np.array([(line, span - distance, tap) for line, distance, tap in taps[0]], np.int64)
+    return Plan(source.reshape(stride * stride, -1), targets, tuple(taps), span, shifted, back.reshape(-1, 3))
+
+
+@functools.lru_cache(maxsize=256)
+def forward_plan(B, H, W, kh, kw, stride, pad):
+    OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
+    taps = [(i - pad[0], j - pad[0], i * kw + j) for i in range(kh) for j in range(kw)]
+    pixels = np.arange(B * OH * OW).reshape(B, OH, OW)
+    return _plan(B, (H, W), (OH, OW), stride, [taps], lambda k: pixels)
+
+
+@functools.lru_cache(maxsize=256)
+def gradient_plan(B, H, W, kh, kw, stride, pad):
+    """dx[y] = sum of dout[(y + pad - i) / stride] @ weight[i]^T over the taps i for which that is a whole
+    number: a class of pixels for each remainder of y and x divided by the stride."""
+    OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
+    corners = [(y, x) for y in range(stride) for x in range(stride)]
+    classes = [
+        [
+            ((y + pad[0] - i) // stride, (x + pad[0] - j) // stride, i * kw + j)
+            for i in range(kh)
+            for j in range(kw)
+            if (y + pad[0] - i) % stride == 0 and (x + pad[0] - j) % stride == 0
+        ]
+        for y, x in corners
+    ]
+    pixels, most = np.arange(B * H * W).reshape(B, H, W), (-(-H // stride), -(-W // stride))
+    return _plan(
+        B, (OH, OW), most, 1, classes, lambda k: pixels[:, corners[k][0] :: stride, corners[k][1] :: stride]
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _steps(taps, blocks, length):
+    """Where in a frame each step of the sum begins, all classes end to end; where in them each class
+    begins."""
+    steps = [
+        ((line * blocks + c) * length + distance) * 32
+        for members in taps
+        for c in range(blocks)
+        for line, distance, _ in members
+    ]
+    ends = np.cumsum([0] + [blocks * len(members) for members in taps])
+    return np.array(steps + [0], np.int64), ends.astype(np.int64)
+
+
+# ---- y and dx ----
+def _padded(x):  # (rows, C) -> (rows, C16), C16 a multiple of 16
+    more = -x.shape[1] % 16
+    return np.pad(x, ((0, 0), (0, more))) if more else x
+
+
+# In the bodies below no array is sliced or handed to a function inside a loop: that counts references, and
+# two threads that count on the same cache line cost each other hundreds of nanoseconds.
+@parallel
+def line_products(
+    job, worker, x, source, weight, steps, ends, target, bias, residual, out, scratch, zero, numbers
+):
+    """A job: some positions of the line, one of `groups` groups of output channels. C is a multiple of 16."""
+    block, span, length, groups, area = numbers
+    (lines, _), C, O, (classes, n) = source.shape, x.shape[1], out.shape[1], target.shape
+    q0, group, blocks, panels = job // groups * block, job % groups, (C + 31) // 32, (O + 31) // 32
+    count, frame = min(block, n - q0), worker * scratch.shape[1]
+    sums = frame + lines * blocks * length * 32
+    for line in range(lines):
+        for i in range(count + span):
+            row = source[line, q0 + i]
+            for c in range(blocks):
+                to = at(scratch, frame + ((line * blocks + c) * length + i) * 32)
+                first = second = at(zero, 0)
+                if row >= 0:
+                    first = at(x, row * C + c * 32)
+                    if c * 32 + 16 < C:
+                        second = shift(first, 16)
+                split_pair(first, second, to, shift(to, 16))
+    begin()
+    for k in range(classes):
+        depth = ends[k + 1] - ends[k]
+        for o in range(group * panels // groups, (group + 1) * panels // groups):
+            panel = at(weight, (ends[k] * panels + o * depth) * STEP)
+            for q in range(0, count, 32):
+                a, result = at(scratch, frame + q * 32), at(scratch, sums)
+                tile_product(
+                    a, table_at(steps, ends[k]), 32, 16, 512, panel, STEP, 16, 256, 512, result, depth, 0
+                )
+                for i in range(32):
+                    row = target[k, q0 + q + i]
+                    if row < 0:
+                        continue
+                    b = (row // area if bias.shape[0] > 1 else 0) * O
+                    for half in range(2):
+                        c, s = o * 32 + 16 * half, sums + (i // 16 * 2 + half) * 256 + i % 16 * 16
+                        if c + 16 <= O:
+                            more = at(residual, row * O + c) if residual.size else at(zero, 0)
+                            add_runs(at(scratch, s), at(bias, b + c), more, at(out, row * O + c))
+                        else:
+                            for j in range(O - c):
+                                more_j = residual[row * O + c + j] if residual.size else np.float32(0)
+                                out[row, c + j] = (
+                                    scratch[worker, s - frame + j] + bias[b // O, c + j] + more_j
+                                )
+    end()
+
+
+def products(plan, x, weight, bias, out, residual=None):
+    """Fill out (rows, O) by a plan. x (rows, C), weight as made by tile_weights, bias (1 or B, O)."""
+    x = _padded(x)
+    C, O, threads = x.shape[1], out.shape[1], parallel_cpu.threads()
+    lines, blocks, n = len(plan.source), -(-C // 32), plan.target.shape[1]
+    count = max(1, -(-n // max(64, FRAME // (lines * blocks * 32))))  # blocks of positions that fit
+    count = -(-count // threads) * threads if n >= 256 * threads else 1
+    block = -(-n // count // 32) * 32
+    count = -(-n // block)
+    groups = min(threads, -(-O // 32)) if count < threads else 1
+    length = block + plan.span
+    steps, ends = _steps(plan.taps, blocks, length)
+    scratch, zero = empty((threads, lines * blocks * length * 32 + 1024)), np.zeros(16, np.float32)
+    numbers = (block, plan.span, length, groups, len(out) // len(bias))
+    more = zero[:0] if residual is None else residual.reshape(-1)
+    line_products(
+        count * groups, x, plan.source, weight, steps, ends, plan.target, bias, more, out, scratch, zero,
+        np.array(numbers, np.int64),
+    )  # fmt: skip
+
+
+@parallel
+def split_weights(job, worker, weight, taps, ends, turned, out, scratch):
+    """out[class][panel, c block, tap] for the taps ends[k] .. ends[k + 1] of class k; a job is one (panel, c
+    block)."""
+    _, C, O = weight.shape
+    inner, outer = (O, C) if turned else (C, O)
+    blocks, panels = (inner + 31) // 32, (outer + 31) // 32
+    panel, c = job // blocks, job % blocks
+    block, half = scratch[worker, :1024].reshape(32, 32), scratch[worker, 1024:].reshape(2, 16, 16)
+    i0, o0 = c * 32, panel * 32
+    whole = (i0 + 32 <= inner) & (o0 + 32 <= outer)
+    for k in range(ends.size - 1):
+        depth = ends[k + 1] - ends[k]
+        for t in range(depth):
+            w = weight[taps[ends[k] + t]]
+            source, row = at(w, o0 * O + i0 if turned else i0 * O + o0), O
+            if not whole:
+                for i in range(32):
+                    for j in range(32):
+                        a, b = (o0 + i, i0 + j) if turned else (i0 + i, o0 + j)
+                        block[i, j] = w[a, b] if (a < C) & (b < O) else np.float32(0)
+                source, row = at(block, 0), 32
+            to = ((ends[k] * panels + panel * depth) * blocks + c * depth + t) * STEP
+            for h in range(2):
+                first, second = shift(source, 16 * h), shift(source, 16 * h + 16 * row)
+                step = row
+                if turned:  # rows of the block are outputs: transpose both groups of 16 inputs
+                    transpose16(shift(source, 16 * h * row), row, at(half, 0))
+                    transpose16(shift(source, 16 * h * row + 16), row, at(half, 256))
+                    first, second, step = at(half, 0), at(half, 256), 16
+                for i in range(16):
+                    hi = at(out, to + h * 512 + i * 16)
+                    split_pair(shift(first, i * step), shift(second, i * step), hi, shift(hi, 256))
+
+
+def tile_weights(weight, taps=None, turned=False):
+    """Weights (taps, C, O) as tiles of B, for the taps of a plan (default: all in order); turned: for dx."""
+    _, C, O = weight.shape
+    taps = ((*((0, 0, i) for i in range(len(weight))),),) if taps is None else taps
+    ends = np.cumsum([0] + [len(members) for members in taps]).astype(np.int64)
+    flat = np.array([tap for members in taps for _, _, tap in members], np.int64)
+    blocks, panels = (-(-n // 32) for n in ((O, C) if turned else (C, O)))
+    out = empty((panels, blocks, len(flat), STEP))
+    split_weights(
+        panels * blocks, weight, flat, ends, int(turned), out, empty((parallel_cpu.threads(), 1536))
+    )
+    return out
+
+
+# ---- dweight ----
+@njit
+def add_tiles(partial, taps, dweight, block, zero):
+    """dweight += the sums of all splits, in order, for one block of 32 x 32 channels."""
+    (_, C, O), T = dweight.shape, taps.shape[0]
+    panels = (O + 31) // 32
+    c, o = block // panels, block % panels
+    for t in range(T):
+        for i in range(min(32, C - 32 * c)):
+            for half in range(2):
+                c0, s = 32 * o + 16 * half, (i // 16 * 2 + half) * 256 + i % 16 * 16
+                run = ((taps[t, 2] * C) + 32 * c + i) * O + c0
+                for split in range(partial.shape[0]):
+                    if c0 + 16 <= O:
+                        sums = at(partial, (split * partial.shape[1] + block * T + t) * STEP + s)
+                        add_runs(sums, at(dweight, run), at(zero, 0), at(dweight, run))
+                    else:
+                        for j in range(O - c0):
+                            dweight[taps[t, 2], 32 * c + i, c0 + j] += partial[split, block * T + t, s + j]
+
+
+@parallel
+def gradient_products(
+    job, worker, x, dout, source, target, taps, steps, partial, dweight, scratch, zero, numbers
+):
+    """partial[split, C/32, O/32, tap] = xt^T pairs over one split of the line, for one of `sets` sets of O.
+
+    Operands are made `chunk` steps of 32 positions at a time, by the thread that multiplies them: from the L2
+    cache of another core they would come at a fraction of the rate. Of these, DEEP steps are multiplied for
+    all taps before the next ones are, so that they are still in the L1 cache.
+    """
+    total, chunk, sets, length = numbers
+    C, O, T, (splits, units, _) = x.shape[1], dout.shape[1], taps.shape[0], partial.shape
+    lines, blocks, panels = source.shape[0], (C + 31) // 32, (O + 31) // 32
+    split, o0, o1 = job // sets, job % sets * panels // sets, (job % sets + 1) * panels // sets
+    half = worker * scratch.shape[1]
+    xt = half + blocks * 1024
+    pairs = xt + lines * chunk * blocks * 1024
+    last = (split + 1) * total // splits
+    begin()
+    for k0 in range(split * total // splits, last, chunk):
+        count = min(chunk, last - k0)
+        for line in range(lines):
+            for k in range(count):
+                for i in range(16):
+                    q = (k0 + k) * 32 + 2 * i
+                    first, second = source[line, q], source[line, q + 1]
+                    a = at(x, first * C) if first >= 0 else at(zero, 0)
+                    b = at(x, second * C) if second >= 0 else at(zero, 0)
+                    for c in range(C // 16):
+                        hi = at(scratch, half + c * 512 + i * 16)
+                        split_pair(shift(a, c * 16), shift(b, c * 16), hi, shift(hi, 256))
+                to = xt + (line * chunk + k) * blocks * 1024
+                for c in range(C // 16 * 2):
+                    transpose16(at(scratch, half + c * 256), 16, at(scratch, to + c * 256))
+        for e in range(2 * length - (chunk - count) * 32):
+            first, second = target[k0 * 32 + e], target[k0 * 32 + e + 1]
+            a = at(dout, first * O) if first >= 0 else at(zero, 0)
+            b = at(dout, second * O) if second >= 0 else at(zero, 0)
+            for o in range(2 * o0, min(2 * o1, O // 16)):
+                to = at(scratch, pairs + (((o - 2 * o0) * 2 + e % 2) * length + e // 2) * 32)
+                split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16))
+        for c in range(blocks):
+            for o in range(o0, o1):
+                for k in range(0, count, DEEP):
+                    depth = min(DEEP, count - k)
+                    for t in range(T):
+                        line, e = taps[t, 0], taps[t, 1]
+                        a = at(scratch, xt + ((line * chunk + k) * blocks + c) * 1024)
+                        b = at(scratch, pairs + ((4 * (o - o0) + e % 2) * length + e // 2 + 16 * k) * 32)
+                        sums = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
+                        add = int((k0 > split * total // splits) | (k > 0))
+                        tile_product(
+                            a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length, sums, depth, add
+                        )
+                if (splits == 1) & (k0 + count == last):
+                    add_tiles(partial, taps, dweight, c * panels + o, zero)
+    end()
+
+
+@parallel
+def add_gradients(job, worker, partial, taps, dweight, zero):
+    add_tiles(partial, taps, dweight, job, zero)
+
+
+def weight_products(plan, x, dout, dweight):
+    """dweight (taps, C, O) += the weight gradient; a fixed number of sums, in order: the same bits for any
+    threads."""
+    _, C, O = dweight.shape
+    x, dout, lines, span = _padded(x), _padded(dout), len(plan.source), plan.span
+    T, blocks, panels = len(plan.back), -(-C // 32), -(-O // 32)
+    total = -(-(plan.target.shape[1] + span) // 32)  # the last outputs look up to `span` further on
+    # enough jobs for some threads: sets of 128 output channels, or splits of the line where weights are few
+    sets, splits = (
+        (panels // 4, 1) if panels >= 8 else (1, min(total, 4 if T * blocks * panels <= 256 else 2))
+    )
+    wide = -(-panels // sets)
+    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * wide))))
+    length = chunk * 16 + (span + 1) // 2
+    steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
+    partial, zero = empty((splits, blocks * panels * T, STEP)), np.zeros(32 * max(blocks, panels), np.float32)
+    scratch = empty((parallel_cpu.threads(), 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32))
+    gradient_products(
+        splits * sets, x, dout, plan.source, plan.shifted, plan.back, steps, partial, dweight, scratch, zero,
+        np.array([total, chunk, sets, length], np.int64),
+    )  # fmt: skip
+    if splits > 1:
+        add_gradients(blocks * panels, partial, plan.back, dweight, zero)

@@ -1,0 +1,265 @@
+"""AMX, the matrix unit of Intel's processors since 2023, made to multiply float32.
+
+The unit has eight tiles of 16 rows x 64 bytes. Its one useful instruction multiplies two tiles of bfloat16,
+[16, 32] by [32, 16], and adds to a tile of float32, [16, 16]: 16 times the rate of the vector units. A
+bfloat16 is the upper half of a float32: 8 bits of significand for 24. So every value is split into two of
+them,
+    x = hi + lo,   hi = x rounded to bfloat16,   lo = (x - hi) rounded to bfloat16,
+which keeps 17 bits, and a product of float32 matrices becomes three of bfloat16,
+    x w = hi hi + hi lo + lo hi   (+ lo lo, of the size of what was rounded off, dropped).
+Its relative error is about 2.5e-6 RMS, that of Winograd's F(4x4) in float32; sums are in float32 throughout.
+
+Memory holds "words" of 32 bits, two bfloat16 each: the values of two neighbours along the sum. A tile of A
+has 16 words in a row (32 values along the sum); a tile of B has a row for each of the same 16 words. Which 32
+values, in which order, does not matter as long as both agree. Where there is no such unit,
+NANODIFF_AMX=emulate runs the same code with tiles in ordinary memory: for tests, slowly.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from nanodiff.kernels.parallel_cpu import AMX
+from nanodiff.kernels.simd_cpu import F32, I32, I64, addresses, pointer
+
+I8, I8P, VOID = ir.IntType(8), ir.IntType(8).as_pointer(), ir.VoidType()
+WORDS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
+TILE = 256  # words of a tile
+
+
+class _Unit:
+    """Emits the instructions of the matrix unit."""
+
+    def __init__(self, b):
+        self.b = b
+
+    def call(self, name, *args):
+        ftype = ir.FunctionType(VOID, [a.type for a in args])
+        self.b.call(cgutils.get_or_insert_function(self.b.module, ftype, f"llvm.x86.{name}"), args)
+
+    def begin(self):
+        setup = np.zeros(64, np.uint8)  # palette 1; bytes in a row and rows of all eight tiles
+        setup[0], setup[16:32:2], setup[48:56] = 1, 64, 16
+        data = ir.Constant(ir.ArrayType(I8, 64), bytearray(setup.tobytes()))
+        self.call("ldtilecfg", self.b.bitcast(cgutils.global_constant(self.b, "tiles", data), I8P))
+
+    def end(self):
+        self.call("tilerelease")
+
+    def load(self, tile, p, row):  # row: words from one row of the tile to the next
+        bytes_ = self.b.shl(row, ir.Constant(I64, 2))
+        self.call("tileloadd64", ir.Constant(I8, tile), self.b.bitcast(p, I8P), bytes_)
+
+    def store(self, tile, p):
+        self.call("tilestored64", ir.Constant(I8, tile), self.b.bitcast(p, I8P), ir.Constant(I64, 64))
+
+    def zero(self, tile):
+        self.call("tilezero", ir.Constant(I8, tile))
+
+    def product(self, c, x, y):
+        self.call("tdpbf16ps", *(ir.Constant(I8, tile) for tile in (c, x, y)))
+
+
+class _Emulated(_Unit):
+    """The same with tiles in memory."""
+
+    def __init__(self, b):
+        self.b = b
+        self.tiles = [cgutils.alloca_once(b, I32, TILE) for _ in range(8)]
+
+    def begin(self):
+        pass
+
+    end = begin
+
+    def row(self, p, offset, kind=WORDS):
+        return self.b.bitcast(self.b.gep(p, [offset]), kind.as_pointer())
+
+    def load(self, tile, p, row):
+        b, p = self.b, self.b.bitcast(p, I32.as_pointer())
+        with cgutils.for_range(b, ir.Constant(I64, 16)) as loop:
+            words = b.load(self.row(p, b.mul(loop.index, row)), align=4)
+            b.store(words, self.row(self.tiles[tile], b.shl(loop.index, ir.Constant(I64, 4))), align=4)
+
+    def store(self, tile, p):
+        b, p = self.b, self.b.bitcast(p, I32.as_pointer())
+        with cgutils.for_range(b, ir.Constant(I64, 16)) as loop:
+            at = b.shl(loop.index, ir.Constant(I64, 4))
+            b.store(b.load(self.row(self.tiles[tile], at), align=4), self.row(p, at), align=4)
+
+    def zero(self, tile):
+        with cgutils.for_range(self.b, ir.Constant(I64, TILE)) as loop:
+            self.b.store(ir.Constant(I32, 0), self.b.gep(self.tiles[tile], [loop.index]))
+
+    def product(self, c, x, y):
+        """c[m, :] += low(x[m, k]) low(y[k, :]) + high(x[m, k]) high(y[k, :]), for each word k."""
+        b, four, upper = self.b, ir.Constant(I64, 4), ir.Constant(WORDS, [0xFFFF0000] * 16)
+        with cgutils.for_range(b, ir.Constant(I64, 16)) as m:
+            out = self.row(self.tiles[c], b.shl(m.index, four), FLOATS)
+            with cgutils.for_range(b, ir.Constant(I64, 16)) as k:
+                word = b.load(b.gep(self.tiles[x], [b.add(b.shl(m.index, four), k.index)]))
+                a = _splat(b, word)
+                w = b.load(self.row(self.tiles[y], b.shl(k.index, four)), align=4)
+                total = b.load(out, align=4)
+                for half in (lambda v: b.shl(v, _words(16)), lambda v: b.and_(v, upper)):
+                    total = b.fadd(total, b.fmul(b.bitcast(half(a), FLOATS), b.bitcast(half(w), FLOATS)))
+                b.store(total, out, align=4)
+
+
+def _unit(b):
+    return (_Emulated if AMX == 2 else _Unit)(b)
+
+
+def _words(value):
+    return ir.Constant(WORDS, [value] * 16)
+
+
+def _splat(b, word):
+    undef = ir.Constant(WORDS, ir.Undefined)
+    return b.shuffle_vector(b.insert_element(undef, word, ir.Constant(I32, 0)), undef, _words(0))
+
+
+def _load(b, p, kind=FLOATS):
+    return b.load(b.bitcast(p, kind.as_pointer()), align=4)
+
+
+def _store(b, v, p):
+    b.store(v, b.bitcast(p, v.type.as_pointer()), align=4)
+
+
+@intrinsic
+def begin(typingctx):
+    """Set up this thread's tiles: before the first product of a job."""
+
+    def codegen(context, b, signature, args):
+        _unit(b).begin()
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def end(typingctx):
+    """Give the tiles back, at the end of a job: the system then need not save them."""
+
+    def codegen(context, b, signature, args):
+        _unit(b).end()
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def tile_product(typingctx, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half, C, depth, add):
+    """C[32, 32] (+)= A[32, 32 * depth] @ B[32 * depth, 32] in float32, by three products of bfloat16.
+
+    C is four tiles end to end: rows 0-15 of A by columns 0-15 of B, by 16-31, then rows 16-31 likewise. Step
+    k of the sum reads A at A + steps[k] and B at B + k * b_step: each has two halves (of 16 rows of A or
+    columns of B) a_half or b_half apart, each half a tile of hi and, lo words further on, one of lo, whose
+    rows lie row words apart. Four tiles hold sums and four operands, so that a step is 12 products (16 cycles
+    each) and 8 loads (8 each).
+    """
+    n = types.intp
+    signature = types.void(pointer, addresses, n, n, n, pointer, n, n, n, n, pointer, n, n)
+
+    def codegen(context, b, _, args):
+        A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half, C, depth, add = args
+        unit, zero = _unit(b), ir.Constant(I64, 0)
+        at = lambda p, *offsets: p if not offsets else at(b.gep(p, [offsets[0]]), *offsets[1:])  # noqa: E731
+        c_tiles = [at(C, ir.Constant(I64, i * TILE)) for i in range(4)]
+        with b.if_else(b.icmp_signed("!=", add, zero)) as (more, fresh):
+            with more:
+                for i, p in enumerate(c_tiles):
+                    unit.load(i, p, ir.Constant(I64, 16))
+            with fresh:
+                for i in range(4):
+                    unit.zero(i)
+
+        # tiles 4, 5: the halves of A; 6, 7: those of B. Each load stands right before its first use: the unit
+        # multiplies while the next operand comes.
+        with cgutils.for_range(b, depth) as loop:
+            a, w = at(A, b.load(at(steps, loop.index))), at(B, b.mul(loop.index, b_step))
+
+            def product(*sums):
+                for i in sums:
+                    unit.product(i, 4 + i // 2, 6 + i % 2)
+
+            unit.load(4, a, a_row)  # hi
+            unit.load(6, at(w, b_lo), b_row)
+            product(0)
+            unit.load(7, at(w, b_lo, b_half), b_row)
+            product(1)
+            unit.load(5, at(a, a_half), a_row)
+            product(2)
+            unit.load(6, w, b_row)  # hi
+            product(3, 0)
+            unit.load(7, at(w, b_half), b_row)
+            product(2, 1)
+            unit.load(4, at(a, a_lo), a_row)
+            product(3, 0)
+            unit.load(5, at(a, a_lo, a_half), a_row)
+            product(1, 2, 3)
+        for i, p in enumerate(c_tiles):
+            unit.store(i, p)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def split_pair(typingctx, x, y, hi, lo):
+    """16 words each: hi[i] = the two bfloat16 nearest to x[i] and y[i], lo[i] = those nearest to what is
+    left."""
+
+    def codegen(context, b, signature, args):
+        x, y, hi, lo = args
+        left = [_load(b, x), _load(b, y)]
+        for target in (hi, lo):
+            rounded = []
+            for i, v in enumerate(
+                left
+            ):  # to nearest, by adding half of the last kept bit; infinity and NaN survive
+                up = b.add(b.bitcast(v, WORDS), _words(0x8000))
+                rounded.append(b.and_(up, _words(0xFFFF0000)))
+                left[i] = b.fsub(v, b.bitcast(rounded[i], FLOATS))
+            _store(b, b.or_(b.lshr(rounded[0], _words(16)), rounded[1]), target)
+        return context.get_dummy_value()
+
+    return types.void(pointer, pointer, pointer, pointer), codegen
+
+
+@intrinsic
+def transpose16(typingctx, source, row, target):
+    """target[j, i] = source[i, j] for 16 x 16 words; rows of the source lie `row` words apart."""
+
+    def codegen(context, b, signature, args):
+        source, row, target = args
+        rows = [_load(b, b.gep(source, [b.mul(row, ir.Constant(I64, i))]), WORDS) for i in range(16)]
+        # exchange the off-diagonal blocks of size 8, 4, 2, 1
+        for size in (8, 4, 2, 1):
+            first = [c if not c & size else 16 + c - size for c in range(16)]
+            second = [c + size if not c & size else 16 + c for c in range(16)]
+            for i in (r for r in range(16) if not r & size):
+                pair = rows[i], rows[i + size]
+                for j, lanes in ((i, first), (i + size, second)):
+                    mask = ir.Constant(ir.VectorType(I32, 16), lanes)
+                    rows[j] = b.shuffle_vector(*pair, mask)
+        for i, r in enumerate(rows):
+            _store(b, r, b.gep(target, [ir.Constant(I64, 16 * i)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp, pointer), codegen
+
+
+@intrinsic
+def add_runs(typingctx, x, y, z, target):
+    """target = x + y + z, 16 floats each."""
+
+    def codegen(context, b, signature, args):
+        x, y, z, target = args
+        _store(b, b.fadd(b.fadd(_load(b, x), _load(b, y)), _load(b, z)), target)
+        return context.get_dummy_value()
+
+    return types.void(pointer, pointer, pointer, pointer), codegen
