@@ -8,9 +8,8 @@ array exists. Keys and values are first packed in the panels of 16 columns that 
 import numpy as np
 
 from nanodiff.kernels import parallel_cpu
-from nanodiff.kernels.norm_cpu import exp
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
-from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product
+from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, exp, make_product
 
 __all__ = ["attention_forward", "attention_backward"]
 

@@ -2,49 +2,67 @@
 norm_ref.py.
 
 A job owns some whole groups of one image, narrow enough that its pixels are still in the cache at the second
-pass. All loops run over channels, which lie side by side; sums over pixels are kept for each channel, in
-float32, of values from which the channel's first pixel was subtracted, so that a large mean costs no digits
-of the variance.
+pass. A pass goes down the pixels with some channels at a time (simd_cpu.make_rows), whose constants and sums
+stay in registers. Sums are in float32, of values from which the channel's first pixel was subtracted, so that
+a large mean costs no digits of the variance.
 """
 
 import numpy as np
 
 from nanodiff.kernels import parallel_cpu
-from nanodiff.kernels.parallel_cpu import empty, njit, parallel
+from nanodiff.kernels.parallel_cpu import empty, parallel
+from nanodiff.kernels.simd_cpu import at, make_rows, sigmoid, table_at
 
 __all__ = ["groupnorm_forward", "groupnorm_backward"]
 
 f32 = np.float32
-FAST = {"contract"}  # let multiply and add fuse; sums keep their order
-CACHE = 128 * 1024  # floats of x that a job should not exceed
+ROWS = 16  # pixels that a pass takes at a time, so that it reads them in the order of memory
 
 
-@njit(flags=FAST)
-def exp(x):
-    """exp(x), without branches or table so that the loop around it runs on SIMD registers.
-
-    exp(x) = 2^n exp(r), n the nearest integer to x / ln 2: the exponent bits of 2^n are n + 127; exp(r) on
-    |r| <= ln 2 / 2 is its Taylor series to r^6 (error 2e-7). x is held within +-87, where float32 ends.
-    """
-    x = min(max(x, f32(-87)), f32(87))
-    n = np.floor(x * f32(1.44269504) + f32(0.5))
-    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)  # ln 2 in two parts: n times the first is exact
-    p = f32(1 / 720) * r + f32(1 / 120)
-    p = p * r + f32(1 / 24)
-    p = p * r + f32(1 / 6)
-    p = p * r + f32(0.5)
-    p = p * r + f32(1)
-    p = p * r + f32(1)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+# ---- one element: what passes over the rows compute ----
+def spread(x, first):
+    d = x - first
+    return d, d * d
 
 
-@njit(flags=FAST)
-def sigmoid(z):
-    return f32(1) / (f32(1) + exp(-z))
+def affine(x, centre, scale, shift):
+    return ((x - centre) * scale + shift,)
 
 
-@parallel(flags=FAST)
-def forward(job, worker, x, weight, bias, out, mean, rstd, eps, silu, blocks, scratch):
+def affine_silu(x, centre, scale, shift):
+    y = (x - centre) * scale + shift
+    return (y * sigmoid(y),)
+
+
+def slopes(x, dout, centre, scale, shift):  # silu' = q (1 + y (1 - q)), q = sigmoid(y)
+    d = x - centre
+    return dout, dout * d
+
+
+def slopes_silu(x, dout, centre, scale, shift):
+    d = x - centre
+    y = d * scale + shift
+    q = sigmoid(y)
+    dy = dout * q * (1 + y * (1 - q))
+    return dy, dy, dy * d
+
+
+def gradient(x, dy, centre, scale, s1, s2):
+    return (dy * scale + (x - centre) * s2 + s1,)
+
+
+def gradient_plus(x, dy, more, centre, scale, s1, s2):
+    return (dy * scale + (x - centre) * s2 + s1 + more,)
+
+
+pass_stats = make_rows(spread, 1, 1, 2, output=False)
+pass_affine, pass_silu = make_rows(affine, 1, 3, 0), make_rows(affine_silu, 1, 3, 0)
+pass_slopes, pass_slopes_silu = make_rows(slopes, 2, 3, 2, output=False), make_rows(slopes_silu, 2, 3, 2)
+pass_gradient, pass_gradient_plus = make_rows(gradient, 2, 4, 0), make_rows(gradient_plus, 3, 4, 0)
+
+
+@parallel
+def forward(job, worker, x, weight, bias, out, mean, rstd, eps, silu, blocks, scratch, tables):
     """x (B, N, C): one image and one block of groups."""
     B, N, C = x.shape
     G = mean.shape[1]
@@ -52,45 +70,43 @@ def forward(job, worker, x, weight, bias, out, mean, rstd, eps, silu, blocks, sc
     b, block = job // blocks, job % blocks
     g0, g1 = block * G // blocks, (block + 1) * G // blocks
     c0, wide = g0 * D, (g1 - g0) * D
-    first, s1, s2 = scratch[worker, 0, :wide], scratch[worker, 1, :wide], scratch[worker, 2, :wide]
+    k, s = scratch[worker, :3], scratch[worker, 3:]
+    start = (b * N * C + c0) * 4
+    tables[worker, 0] = x.ctypes.data + start
+    tables[worker, 1] = out.ctypes.data + start
     for c in range(wide):
-        first[c] = x[b, 0, c0 + c]
-        s1[c] = 0
-        s2[c] = 0
-    for i in range(N):
-        row = x[b, i, c0 : c0 + wide]
-        for c in range(wide):
-            d = row[c] - first[c]
-            s1[c] += d
-            s2[c] += d * d
+        k[0, c] = x[b, 0, c0 + c]
+        s[0, c] = s[1, c] = 0
+    table, constants, ld = table_at(tables, worker * 4), at(scratch, worker * 5 * C), C
+    for r in range(0, N, ROWS):
+        pass_stats(table, r, min(r + ROWS, N), C, wide, constants, at(scratch, (worker * 5 + 3) * C), ld)
     for g in range(g1 - g0):
         total = 0.0
         for c in range(g * D, g * D + D):
-            total += s1[c] + N * np.float64(first[c])
+            total += s[0, c] + N * np.float64(k[0, c])
         m = total / (N * D)
         total = 0.0
         for c in range(g * D, g * D + D):  # sum (x - m)^2 from the sums of x - first
-            shift = m - first[c]
-            total += s2[c] - 2 * shift * s1[c] + N * shift * shift
+            shift = m - k[0, c]
+            total += s[1, c] - 2 * shift * s[0, c] + N * shift * shift
         r = 1 / np.sqrt(max(total, 0.0) / (N * D) + eps)
         mean[b, g0 + g], rstd[b, g0 + g] = m, r
         for c in range(g * D, g * D + D):  # y = (x - mean) * scale + bias: subtract first, or digits are lost
-            first[c] = m
-            s1[c] = r * weight[c0 + c]
-            s2[c] = bias[c0 + c]
-    for i in range(N):
-        row, to = x[b, i, c0 : c0 + wide], out[b, i, c0 : c0 + wide]
-        if silu:
-            for c in range(wide):
-                y = (row[c] - first[c]) * s1[c] + s2[c]
-                to[c] = y * sigmoid(y)
-        else:
-            for c in range(wide):
-                to[c] = (row[c] - first[c]) * s1[c] + s2[c]
+            k[0, c] = m
+            k[1, c] = r * weight[c0 + c]
+            k[2, c] = bias[c0 + c]
+    if silu:
+        for r in range(0, N, ROWS):
+            pass_silu(table, r, min(r + ROWS, N), C, wide, constants, constants, ld)
+    else:
+        for r in range(0, N, ROWS):
+            pass_affine(table, r, min(r + ROWS, N), C, wide, constants, constants, ld)
 
 
-@parallel(flags=FAST)
-def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx, dparams, blocks, scratch):
+@parallel
+def backward(
+    job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx, dparams, blocks, scratch, tables
+):
     """dparams (B, 2, C): each image's share of the gradients of weight and bias."""
     B, N, C = x.shape
     G = mean.shape[1]
@@ -98,82 +114,75 @@ def backward(job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx,
     b, block = job // blocks, job % blocks
     g0, g1 = block * G // blocks, (block + 1) * G // blocks
     c0, wide = g0 * D, (g1 - g0) * D
-    centre, scale, shift = scratch[worker, 0, :wide], scratch[worker, 1, :wide], bias[c0 : c0 + wide]
-    s1, s2 = scratch[worker, 2, :wide], scratch[worker, 3, :wide]
+    k, s = scratch[worker, :4], scratch[worker, 4:]
+    start = (b * N * C + c0) * 4
+    tables[worker, 0] = x.ctypes.data + start
+    tables[worker, 1] = dout.ctypes.data + start
+    tables[worker, 2] = tables[worker, 3] = dx.ctypes.data + start
     for c in range(wide):
         g = g0 + c // D
-        centre[c] = mean[b, g]
-        scale[c] = rstd[b, g] * weight[c0 + c]
-        s1[c] = 0
-        s2[c] = 0
-    for i in range(N):  # dy into dx; sums of dy and dy * (x - mean)
-        row, drow, to = x[b, i, c0 : c0 + wide], dout[b, i, c0 : c0 + wide], dx[b, i, c0 : c0 + wide]
-        if silu:
-            for c in range(wide):
-                d = row[c] - centre[c]
-                y = d * scale[c] + shift[c]
-                q = sigmoid(y)
-                dy = drow[c] * q * (f32(1) + y * (f32(1) - q))
-                to[c] = dy
-                s1[c] += dy
-                s2[c] += dy * d
-        else:
-            for c in range(wide):
-                to[c] = drow[c]
-                s1[c] += drow[c]
-                s2[c] += drow[c] * (row[c] - centre[c])
+        k[0, c] = mean[b, g]
+        k[1, c] = rstd[b, g] * weight[c0 + c]
+        k[2, c] = bias[c0 + c]
+        s[0, c] = s[1, c] = 0
+    table, constants, ld = table_at(tables, worker * 4), at(scratch, worker * 6 * C), C
+    sums = at(scratch, (worker * 6 + 4) * C)
+    if silu:  # dy goes into dx
+        for r in range(0, N, ROWS):
+            pass_slopes_silu(table, r, min(r + ROWS, N), C, wide, constants, sums, ld)
+        tables[worker, 1] = dx.ctypes.data + start
+    else:
+        for r in range(0, N, ROWS):
+            pass_slopes(table, r, min(r + ROWS, N), C, wide, constants, sums, ld)
     for g in range(g0, g1):
         r = np.float64(rstd[b, g])
         total, total_norm = 0.0, 0.0
         for c in range((g - g0) * D, (g - g0 + 1) * D):
-            dnorm = s2[c] * r  # sum of dy * norm
-            dparams[b, 0, c0 + c], dparams[b, 1, c0 + c] = dnorm, s1[c]
-            total += s1[c] * weight[c0 + c]
+            dnorm = s[1, c] * r  # sum of dy * norm
+            dparams[b, 0, c0 + c], dparams[b, 1, c0 + c] = dnorm, s[0, c]
+            total += s[0, c] * weight[c0 + c]
             total_norm += dnorm * weight[c0 + c]
         # dx = rstd (dnorm - average - norm average_norm) = dy * scale + (x - mean) * s2 + s1
         for c in range((g - g0) * D, (g - g0 + 1) * D):
-            s2[c] = -r * r * total_norm / (N * D)
-            s1[c] = -r * total / (N * D)
-    for i in range(N):
-        row, to = x[b, i, c0 : c0 + wide], dx[b, i, c0 : c0 + wide]
-        if residual.size:
-            more = residual[b, i, c0 : c0 + wide]
-            for c in range(wide):
-                to[c] = to[c] * scale[c] + (row[c] - centre[c]) * s2[c] + s1[c] + more[c]
-        else:
-            for c in range(wide):
-                to[c] = to[c] * scale[c] + (row[c] - centre[c]) * s2[c] + s1[c]
+            k[2, c] = -r * total / (N * D)
+            k[3, c] = -r * r * total_norm / (N * D)
+    if residual.size:
+        tables[worker, 2] = residual.ctypes.data + start
+        for r in range(0, N, ROWS):
+            pass_gradient_plus(table, r, min(r + ROWS, N), C, wide, constants, constants, ld)
+    else:
+        for r in range(0, N, ROWS):
+            pass_gradient(table, r, min(r + ROWS, N), C, wide, constants, constants, ld)
 
 
-def _blocks(B, N, C, G):
-    """Blocks of groups for each image: few enough that rows stay wide, enough for the cache and the
-    threads."""
-    wanted = max(-(-N * C // CACHE), -(-4 * parallel_cpu.threads() // B))
-    return max(1, min(wanted, G, C // 32))
+def _blocks(B, C, G):
+    """Blocks of groups for each image: enough for the threads, and few, so that rows stay wide."""
+    return max(1, min(-(-4 * parallel_cpu.threads() // B), G, C // 32))
 
 
 def groupnorm_forward(x, weight, bias, groups, eps, silu):
     B, C = x.shape[0], x.shape[-1]
     rows, out = x.reshape(B, -1, C), empty(x.shape)
     mean, rstd = empty((B, groups)), empty((B, groups))
-    blocks = _blocks(B, rows.shape[1], C, groups)
-    scratch = empty((parallel_cpu.threads(), 3, C))
+    blocks = _blocks(B, C, groups)
+    scratch, tables = empty((parallel_cpu.threads(), 5, C)), empty((parallel_cpu.threads(), 4), np.int64)
     forward(
-        B * blocks, rows, weight, bias, out.reshape(rows.shape), mean, rstd, eps, int(silu), blocks, scratch
-    )
+        B * blocks, rows, weight, bias, out.reshape(rows.shape), mean, rstd, eps, int(silu), blocks, scratch,
+        tables,
+    )  # fmt: skip
     return out, mean, rstd
 
 
 def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):
     B, C = x.shape[0], x.shape[-1]
     rows, dx, dparams = x.reshape(B, -1, C), empty(x.shape), empty((B, 2, C))
-    blocks = _blocks(B, rows.shape[1], C, groups)
-    scratch = empty((parallel_cpu.threads(), 4, C))
+    blocks = _blocks(B, C, groups)
+    scratch, tables = empty((parallel_cpu.threads(), 6, C)), empty((parallel_cpu.threads(), 4), np.int64)
     drows = dout.reshape(rows.shape)
     more = rows[:0] if residual is None else residual.reshape(rows.shape)
     backward(
         B * blocks, drows, rows, mean, rstd, weight, bias, int(silu), more, dx.reshape(rows.shape), dparams,
-        blocks, scratch,
+        blocks, scratch, tables,
     )  # fmt: skip
     dweight += dparams[:, 0].sum(0)
     dbias += dparams[:, 1].sum(0)

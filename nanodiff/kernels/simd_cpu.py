@@ -23,6 +23,9 @@ ROWS = {16: 12, 8: 6, 4: 6, 1: 4}[VECTOR]
 # The same for the transposed product of weight gradients, whose rows are channels: a divisor of 16.
 ROWS_T = {16: 16, 8: 4, 4: 4, 1: 4}[VECTOR]
 
+# Registers across the channels of a pixel that make_rows works on at a time.
+AHEAD = {16: 4, 8: 2, 4: 4, 1: 1}[VECTOR]
+
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VEC = ir.VectorType(F32, VECTOR)
 pointer = types.CPointer(types.float32)
@@ -106,25 +109,134 @@ def make_product(rows, transposed=False):
 
 
 class _Vector:
-    """An LLVM vector with + - and multiplication by constants, so that a transform is ordinary Python
-    arithmetic."""
+    """An LLVM vector with + - * / and exp, so that a rule for one element is ordinary Python arithmetic."""
 
     FLAGS = ("contract", "nsz", "reassoc")
 
     def __init__(self, b, value):
         self.b, self.value = b, value
 
+    def like(self, x, element=F32):
+        """The number x in every lane of a vector like this one (or a scalar)."""
+        lanes = getattr(self.value.type, "count", 0)
+        x = ir.Constant(element, np.float32(x) if element == F32 else x)
+        return ir.Constant(ir.VectorType(element, lanes), [x] * lanes) if lanes else x
+
+    def of(self, x):
+        return x.value if isinstance(x, _Vector) else self.like(x)
+
     def __add__(self, other):
-        return _Vector(self.b, self.b.fadd(self.value, other.value, flags=self.FLAGS))
+        return _Vector(self.b, self.b.fadd(self.value, self.of(other), flags=self.FLAGS))
 
     def __sub__(self, other):
-        return _Vector(self.b, self.b.fsub(self.value, other.value, flags=self.FLAGS))
+        return _Vector(self.b, self.b.fsub(self.value, self.of(other), flags=self.FLAGS))
 
-    def __rmul__(self, constant):
-        return _Vector(self.b, self.b.fmul(_constant(constant), self.value, flags=self.FLAGS))
+    def __mul__(self, other):
+        return _Vector(self.b, self.b.fmul(self.value, self.of(other), flags=self.FLAGS))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other):
+        return _Vector(self.b, self.b.fsub(self.of(other), self.value, flags=self.FLAGS))
+
+    def __rtruediv__(self, other):
+        return _Vector(self.b, self.b.fdiv(self.of(other), self.value))
 
     def __neg__(self):
         return _Vector(self.b, self.b.fneg(self.value))
+
+    def plus_in_order(self, other):
+        """A sum that keeps its place in a chain of sums."""
+        return _Vector(self.b, self.b.fadd(self.value, other.value, flags=("contract",)))
+
+    def exp(self):
+        """exp(x) = 2^n exp(r), n the nearest integer to x / ln 2: the exponent bits of 2^n are n + 127;
+        exp(r) on |r| <= ln 2 / 2 is its Taylor series to r^6 (error 2e-7). x is held within +-87, where
+        float32 ends."""
+        b, kind = self.b, self.value.type
+        high = b.select(b.fcmp_unordered("<", self.value, self.of(87)), self.value, self.of(87))
+        x = _Vector(b, b.select(b.fcmp_unordered(">", high, self.of(-87)), high, self.of(-87)))
+        name = "llvm.floor." + (f"v{kind.count}f32" if kind != F32 else "f32")
+        floor = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind]), name)
+        n = _Vector(b, b.call(floor, [(x * 1.44269504 + 0.5).value]))
+        r = x - n * 0.693359375 + n * 2.12194440e-4  # ln 2 in two parts: n times the first is exact
+        p = r * (1 / 720) + 1 / 120
+        for c in (1 / 24, 1 / 6, 1 / 2, 1, 1):
+            p = p * r + c
+        whole = b.fptosi(n.value, self.like(0, I32).type)
+        power = b.shl(b.add(whole, self.like(127, I32)), self.like(23, I32))
+        return p * _Vector(b, b.bitcast(power, kind))
+
+
+@intrinsic
+def exp(typingctx, x):
+    """_Vector.exp of a float32, without branches or table, so that LLVM can make vectors of the loop around
+    it."""
+
+    def codegen(context, b, signature, args):
+        return _Vector(b, args[0]).exp().value
+
+    return types.float32(types.float32), codegen
+
+
+def sigmoid(y):
+    return 1 / (1 + (-y).exp())
+
+
+def make_rows(rule, inputs, constants, sums, output=True):
+    """A rule for the elements of matrices (rows, C), channel by channel: every channel has its own constants
+    and sums over the rows, which stay in registers while the rows pass.
+
+    rule(*elements of `inputs` matrices, *`constants`) -> its output (if `output`), then a term for each sum.
+    Called with a table of the addresses of the inputs and the output, the number of rows, the floats from one
+    row to the next, the channels, the constants [constants, ld] and the sums [sums, ld].
+    """
+
+    @intrinsic
+    def over_rows(typingctx, table, start, stop, row, channels, constant, sum, ld):
+        n = types.intp
+        signature = types.void(addresses, n, n, n, n, pointer, pointer, n)
+
+        def codegen(context, b, _, args):
+            table, start, stop, row, channels, constant, sum, ld = args
+            i64 = lambda v: ir.Constant(I64, v)  # noqa: E731
+            starts = [
+                b.inttoptr(b.load(_at(b, table, i)), F32.as_pointer()) for i in range(inputs + bool(output))
+            ]
+            done = i64(0)
+            # as many channels at a time as registers allow; then one vector at a time; then one channel
+            for vectors, lanes in dict.fromkeys(((AHEAD, VECTOR), (1, VECTOR), (1, 1))):
+                kind, step = ir.VectorType(F32, lanes) if lanes > 1 else F32, vectors * lanes
+                load = lambda p, kind=kind: _Vector(b, b.load(b.bitcast(p, kind.as_pointer()), align=4))  # noqa: E731
+                store = lambda v, p: b.store(v.value, b.bitcast(p, v.value.type.as_pointer()), align=4)  # noqa: E731
+                end = b.add(done, b.mul(b.sdiv(b.sub(channels, done), i64(step)), i64(step)))
+                with cgutils.for_range_slice(b, done, end, i64(step), I64) as (first, _):
+                    at = [b.add(first, i64(lanes * u)) for u in range(vectors)]
+                    known = [
+                        [load(_at(b, constant, b.mul(ld, i64(k)), c)) for k in range(constants)] for c in at
+                    ]
+                    totals = [[cgutils.alloca_once(b, kind) for _ in range(sums)] for _ in at]
+                    for c, ts in zip(at, totals):
+                        for k, total in enumerate(ts):
+                            b.store(load(_at(b, sum, b.mul(ld, i64(k)), c)).value, total)
+                    with cgutils.for_range_slice(b, start, stop, i64(1), I64) as (r, _):
+                        here = b.mul(r, row)
+                        for c, ks, ts in zip(at, known, totals):
+                            out, *terms = rule(*(load(_at(b, p, here, c)) for p in starts[:inputs]), *ks)
+                            terms = terms if output else [out, *terms]
+                            if output:
+                                store(out, _at(b, starts[-1], here, c))
+                            for total, term in zip(ts, terms, strict=True):
+                                b.store(_Vector(b, b.load(total)).plus_in_order(term).value, total)
+                    for c, ts in zip(at, totals):
+                        for k, total in enumerate(ts):
+                            store(_Vector(b, b.load(total)), _at(b, sum, b.mul(ld, i64(k)), c))
+                done = end
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return over_rows
 
 
 def make_transform(rule, n, back=False, bias=False, add=False, residual=False):
