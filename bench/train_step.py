@@ -85,7 +85,7 @@ def nanodiff_side(config, batch):
     def step():
         out = model.forward(x, t)
         loss, dout = model.ctx.k.mse_loss(out, target)
-        model.params.grad[...] = 0
+        model.params.zero_grad()
         model.backward(dout)
         opt.step()
         return float(loss[0])

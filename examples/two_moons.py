@@ -71,7 +71,7 @@ def train(ctx, diff, steps, seed, batch=256):
         x0, eps = ctx.to_device(draw_data(rng, batch)), ctx.to_device(rng.standard_normal((batch, 2)))
         xt, target = ctx.k.q_sample(x0, eps, *map(ctx.to_device, diff.scales(t)), diff.prediction)
         loss, dout = ctx.k.mse_loss(model.forward(xt, t), target)
-        model.params.grad[...] = 0
+        model.params.zero_grad()
         model.backward(dout)
         opt.step(loss, lr=learning_rate(step, steps, opt.lr, warmup=100, decay="cosine"))
     ctx.saving = False

@@ -65,6 +65,10 @@ class Params:
             p.data = self.data[p.start : p.start + p.size].reshape(p.shape)
             p.grad = self.grad[p.start : p.start + p.size].reshape(p.shape)
 
+    def zero_grad(self):
+        """grad = 0."""
+        self.ctx.k.zero_grad(self.grad)
+
     @property
     def count(self):
         return sum(p.size for p in self._named.values())

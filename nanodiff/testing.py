@@ -11,7 +11,7 @@ import numpy as np
 from nanodiff import kernels
 
 # arguments that an op may write into: gradients of parameters are added into, update ops work in place
-WRITTEN = {"dweight", "dbias", "dtable", "weights", "m", "v", "ema", "state"}
+WRITTEN = {"dweight", "dbias", "dtable", "weights", "m", "v", "ema", "state", "buffer"}
 EPS = 1e-5  # of every group norm here
 
 
@@ -388,6 +388,9 @@ CASES = {
     "mse_loss": Case(
         _normals(2), _SHAPES, _BIG, _each(4),
         lambda t, pred, x: (t.nn.functional.mse_loss(pred, x)[None], (pred - x) * (2 / x.numel()))),
+    "zero_grad": Case(
+        _normals(1), _dims("shape", "1, 1000, 70016"), dict(shape=(35_746_304,)), lambda d: 0,
+        lambda t, buffer: buffer.zero_()),
     "squared_norm": Case(
         _normals(1), _dims("shape", "1, 1000, 70001"), dict(shape=(35_746_307,)), _each(2),
         lambda t, grad: t.linalg.vector_norm(grad)[None] ** 2, lambda d: rounding(256)),

@@ -172,7 +172,7 @@ def train_step(model, opt, diff, x0, labels=None, key=None, lr=None):
     eps = ctx.to_device(k.normal(x0.shape, *key, NOISE))
     xt, target = k.q_sample(x0, eps, a, s, diff.prediction)
     loss, dout = k.mse_loss(model.forward(xt, t, labels, key=key), target)
-    model.params.grad[...] = 0
+    model.params.zero_grad()
     model.backward(dout)
     opt.step(loss, lr=lr)
     return float(ctx.to_host(loss)[0])

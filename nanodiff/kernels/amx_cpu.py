@@ -32,10 +32,8 @@ from nanodiff.kernels.tiles_cpu import add_runs, begin, end, split_pair, tile_pr
 
 STEP = 1024  # words of B for one step of tile_product
 FRAME = 1 << 16  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
-DEEP = (
-    4  # steps of the sum, of 32 positions each, for which a weight gradient's operands stay in the L1 cache
-)
-CHUNK = 1 << 18  # words of xt and pairs that are multiplied at a time
+DEEP = 4  # steps of 32 positions for which a weight gradient's operands stay in the L1 cache
+CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a 2 MB L2 cache
 
 
 # ---- where everything is: tables that depend on shapes alone ----
@@ -290,7 +288,7 @@ def add_tiles(partial, taps, dweight, block, zero):
 
 @parallel
 def gradient_products(
-    job, worker, x, dout, source, target, taps, steps, partial, dweight, scratch, zero, numbers
+    job, worker, x, dout, source, target, taps, steps, partial, dweight, sums, scratch, zero, numbers
 ):
     """partial[split, C/32, O/32, tap] = xt^T pairs over one split of the line, for one of `sets` sets of O.
 
@@ -298,7 +296,7 @@ def gradient_products(
     cache of another core they would come at a fraction of the rate. Of these, DEEP steps are multiplied for
     all taps before the next ones are, so that they are still in the L1 cache.
     """
-    total, chunk, sets, length = numbers
+    total, chunk, sets, length, span, area = numbers
     C, O, T, (splits, units, _) = x.shape[1], dout.shape[1], taps.shape[0], partial.shape
     lines, blocks, panels = source.shape[0], (C + 31) // 32, (O + 31) // 32
     split, o0, o1 = job // sets, job % sets * panels // sets, (job % sets + 1) * panels // sets
@@ -329,6 +327,10 @@ def gradient_products(
             for o in range(2 * o0, min(2 * o1, O // 16)):
                 to = at(scratch, pairs + (((o - 2 * o0) * 2 + e % 2) * length + e // 2) * 32)
                 split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16))
+            if (first >= 0) & (e >= span) & (e < span + count * 32):
+                for o in range(2 * o0, min(2 * o1, O // 16)):
+                    total_o = at(sums, ((split * sums.shape[1] + first // area) * O) + o * 16)
+                    add_runs(shift(a, o * 16), at(zero, 0), total_o, total_o)
         for c in range(blocks):
             for o in range(o0, o1):
                 for k in range(0, count, DEEP):
@@ -337,10 +339,10 @@ def gradient_products(
                         line, e = taps[t, 0], taps[t, 1]
                         a = at(scratch, xt + ((line * chunk + k) * blocks + c) * 1024)
                         b = at(scratch, pairs + ((4 * (o - o0) + e % 2) * length + e // 2 + 16 * k) * 32)
-                        sums = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
+                        unit = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
                         add = int((k0 > split * total // splits) | (k > 0))
                         tile_product(
-                            a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length, sums, depth, add
+                            a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length, unit, depth, add
                         )
                 if (splits == 1) & (k0 + count == last):
                     add_tiles(partial, taps, dweight, c * panels + o, zero)
@@ -352,9 +354,10 @@ def add_gradients(job, worker, partial, taps, dweight, zero):
     add_tiles(partial, taps, dweight, job, zero)
 
 
-def weight_products(plan, x, dout, dweight):
-    """dweight (taps, C, O) += the weight gradient; a fixed number of sums, in order: the same bits for any
-    threads."""
+def weight_products(plan, x, dout, dweight, area):
+    """dweight (taps, C, O) += the weight gradient; returns sums of `area` rows of dout each, (groups, O).
+
+    A fixed number of partial sums, added in order: the same bits for any number of threads."""
     _, C, O = dweight.shape
     x, dout, lines, span = _padded(x), _padded(dout), len(plan.source), plan.span
     T, blocks, panels = len(plan.back), -(-C // 32), -(-O // 32)
@@ -369,9 +372,11 @@ def weight_products(plan, x, dout, dweight):
     steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
     partial, zero = empty((splits, blocks * panels * T, STEP)), np.zeros(32 * max(blocks, panels), np.float32)
     scratch = empty((parallel_cpu.threads(), 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32))
+    sums = np.zeros((splits, -(-len(dout) // area), dout.shape[1]), np.float32)
     gradient_products(
-        splits * sets, x, dout, plan.source, plan.shifted, plan.back, steps, partial, dweight, scratch, zero,
-        np.array([total, chunk, sets, length], np.int64),
+        splits * sets, x, dout, plan.source, plan.shifted, plan.back, steps, partial, dweight, sums, scratch,
+        zero, np.array([total, chunk, sets, length, span, area], np.int64),
     )  # fmt: skip
     if splits > 1:
         add_gradients(blocks * panels, partial, plan.back, dweight, zero)
+    return np.ascontiguousarray(sums.sum(0)[:, :O])

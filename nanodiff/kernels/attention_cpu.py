@@ -9,7 +9,8 @@ import numpy as np
 
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
-from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, exp, make_product
+from nanodiff.kernels.random_cpu import log
+from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, exp, exp_sum, largest, make_product
 
 __all__ = ["attention_forward", "attention_backward"]
 
@@ -94,14 +95,15 @@ def forward(job, worker, q, k, v, out, lse, heads, scratch):
     _, N, C = q.shape
     D = C // heads
     Np, Dp = (N + PANEL - 1) // PANEL, (D + PANEL - 1) // PANEL
+    NP = Np * PANEL
     b, h = job // heads, job % heads
     columns = slice(h * D, (h + 1) * D)
     s = scratch[worker]
     keys, s = s[: Np * D * PANEL].reshape(Np, D, PANEL), s[Np * D * PANEL :]
     values, s = s[: Dp * N * PANEL].reshape(Dp, N, PANEL), s[Dp * N * PANEL :]
     queries, s = s[: QUERIES * D].reshape(QUERIES, D), s[QUERIES * D :]
-    scores, s = s[: QUERIES * Np * PANEL].reshape(QUERIES, Np * PANEL), s[QUERIES * Np * PANEL :]
-    result = s[: QUERIES * Dp * PANEL].reshape(QUERIES, Dp * PANEL)
+    scores, s = s[: QUERIES * NP].reshape(QUERIES, NP), s[QUERIES * NP :]
+    result, totals = s[: QUERIES * Dp * PANEL].reshape(QUERIES, Dp * PANEL), s[QUERIES * Dp * PANEL :]
     pack_rows(k[b, :, columns], D, keys)
     pack_columns(v[b, :, columns], D, values)
     for n0 in range(0, N, QUERIES):
@@ -109,22 +111,18 @@ def forward(job, worker, q, k, v, out, lse, heads, scratch):
         copy_rows(q[b, :, columns], n0, n, f32(1 / np.sqrt(D)), queries)
         times_panels(queries, keys, scores)
         for i in range(n):
-            row = scores[i]
-            top = row[0]
-            for j in range(N):
-                top = max(top, row[j])
-            total = f32(0)
-            for j in range(N):
-                e = exp(row[j] - top)
-                row[j] = e
-                total += e
-            for j in range(N):
-                row[j] /= total
-            lse[b, h, n0 + i] = top + np.log(total)
+            for j in range(N, NP):
+                scores[i, j] = -np.inf
+            row = at(scores, i * NP)
+            top = largest(row, NP, scores[i, 0])
+            totals[i] = exp_sum(row, NP, top)
+            lse[b, h, n0 + i] = top
         times_panels(scores, values, result)
-        for i in range(n):
+        for i in range(n):  # dividing D values here is dividing N scores there
+            lse[b, h, n0 + i] += log(totals[i])
+            share = f32(1) / totals[i]
             for d in range(D):
-                out[b, n0 + i, h * D + d] = result[i, d]
+                out[b, n0 + i, h * D + d] = result[i, d] * share
 
 
 @parallel(flags=FAST)
@@ -186,7 +184,7 @@ def attention_forward(q, k, v, heads):
     B, N, C = q.shape
     out, lse = empty(q.shape), empty((B, heads, N))
     NP, DP = (-(-n // PANEL) * PANEL for n in (N, C // heads))
-    scratch = empty((parallel_cpu.threads(), 2 * NP * DP + QUERIES * (2 * DP + NP)))
+    scratch = empty((parallel_cpu.threads(), 2 * NP * DP + QUERIES * (2 * DP + NP + 1)))
     forward(B * heads, q, k, v, out, lse, heads, scratch)
     return out, lse
 

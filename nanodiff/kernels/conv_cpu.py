@@ -67,18 +67,20 @@ def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None)
 def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
     B, H, W, C = x.shape
     kh, kw, _, O = weight.shape
-    demb = sums(dout.reshape(-1, O), B)
-    dbias += demb.sum(0)
     if AMX:
         shape, rows = (B, H, W, kh, kw, stride, tuple(pad)), dout.reshape(-1, O)
         flat, dx = weight.reshape(-1, *weight.shape[2:]), empty(x.shape)
-        amx_cpu.weight_products(
-            amx_cpu.forward_plan(*shape), x.reshape(B * H * W, -1), rows, dweight.reshape(flat.shape)
+        gradient, area = dweight.reshape(flat.shape), dout.shape[1] * dout.shape[2]
+        demb = amx_cpu.weight_products(
+            amx_cpu.forward_plan(*shape), x.reshape(B * H * W, -1), rows, gradient, area
         )
-        plan = amx_cpu.gradient_plan(*shape)
+        dbias += demb.sum(0)
+        plan, zero = amx_cpu.gradient_plan(*shape), np.zeros((1, x.shape[3]), np.float32)
         turned = amx_cpu.tile_weights(flat, plan.taps, turned=True)
-        amx_cpu.products(plan, rows, turned, np.zeros((1, x.shape[3]), np.float32), dx.reshape(B * H * W, -1))
+        amx_cpu.products(plan, rows, turned, zero, dx.reshape(B * H * W, -1))
         return dx, demb
+    demb = sums(dout.reshape(-1, O), B)
+    dbias += demb.sum(0)
     if uses_winograd(weight.shape, H, W, stride, pad):
         winograd_weight_gradient(x, dout, dweight)
         return winograd(dout, transformed_weights(weight, turned=True), np.zeros((1, C), np.float32)), demb

@@ -27,6 +27,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.compiler import Flags
+from numba.core.cpu_options import FastMathOptions
 from numba.extending import intrinsic
 
 I8P, I64 = ir.IntType(8).as_pointer(), ir.IntType(64)
@@ -208,6 +209,7 @@ def _fork(typingctx, body, pool, jobs, threads, args):
         flags.nrt = True
         flags.error_model = "numpy"  # Python's check of every division would keep loops scalar
         flags.noalias = True  # an op writes into no array it was handed, so outputs overlap nothing
+        flags.fastmath = FastMathOptions(body.dispatcher.targetoptions["fastmath"])
         compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature, flags=flags)
         shared = cgutils.alloca_once_value(b, args_value)
         ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
@@ -283,7 +285,12 @@ def parallel(function=None, *, flags=()):
         co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno,
     )  # fmt: skip
     launch = pytypes.FunctionType(
-        code, {"_fork": _fork, "body": numba.njit(function), "__name__": function.__module__}
+        code,
+        {
+            "_fork": _fork,
+            "body": numba.njit(function, fastmath=set(flags)),
+            "__name__": function.__module__,
+        },
     )
     launch.__module__ = function.__module__
     launch = njit(launch, flags=flags)

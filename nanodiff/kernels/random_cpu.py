@@ -17,8 +17,8 @@ JOB = 2048  # counters
 
 
 @njit
-def box_muller(w0, w1):
-    u = f32(i32(w0 >> u32(1))) * f32(2.0**-31) + f32(2.0**-32)
+def log(u):
+    """The natural logarithm of a positive float32; derivation: random_ref.py."""
     bits = i32(f32(u).view(i32) - SQRT_HALF)
     e = f32(bits >> i32(23))
     f = i32((bits & i32(0x7FFFFF)) + SQRT_HALF).view(f32) - f32(1)
@@ -31,8 +31,13 @@ def box_muller(w0, w1):
     p = p * f + LOG[2]
     p = p * f + LOG[1]
     p = p * f + LOG[0]
-    log = f + (p * f * ff + e * LN2_LO - f32(0.5) * ff) + e * LN2_HI
-    r = np.sqrt(f32(-2) * log)
+    return f + (p * f * ff + e * LN2_LO - f32(0.5) * ff) + e * LN2_HI
+
+
+@njit
+def box_muller(w0, w1):
+    u = f32(i32(w0 >> u32(1))) * f32(2.0**-31) + f32(2.0**-32)
+    r = np.sqrt(f32(-2) * log(u))
 
     t = f32(i32(i32(u32(w1 << u32(2))) >> i32(2))) * f32(2.0**-29)
     quadrant = u32(w1 + u32(1 << 29)) >> u32(30)

@@ -207,8 +207,13 @@ def make_rows(rule, inputs, constants, sums, output=True):
             # as many channels at a time as registers allow; then one vector at a time; then one channel
             for vectors, lanes in dict.fromkeys(((AHEAD, VECTOR), (1, VECTOR), (1, 1))):
                 kind, step = ir.VectorType(F32, lanes) if lanes > 1 else F32, vectors * lanes
-                load = lambda p, kind=kind: _Vector(b, b.load(b.bitcast(p, kind.as_pointer()), align=4))  # noqa: E731
-                store = lambda v, p: b.store(v.value, b.bitcast(p, v.value.type.as_pointer()), align=4)  # noqa: E731
+
+                def load(p, kind=kind):
+                    return _Vector(b, b.load(b.bitcast(p, kind.as_pointer()), align=4))
+
+                def store(v, p):
+                    b.store(v.value, b.bitcast(p, v.value.type.as_pointer()), align=4)
+
                 end = b.add(done, b.mul(b.sdiv(b.sub(channels, done), i64(step)), i64(step)))
                 with cgutils.for_range_slice(b, done, end, i64(step), I64) as (first, _):
                     at = [b.add(first, i64(lanes * u)) for u in range(vectors)]
@@ -308,3 +313,62 @@ def shift(typingctx, address, offset):
         return b.gep(args[0], [args[1]])
 
     return pointer(pointer, types.intp), codegen
+
+
+@intrinsic
+def zero_run(typingctx, address):
+    """Zero the 16 floats at an address on a cache line, past the caches: they will not be read soon."""
+
+    def codegen(context, b, signature, args):
+        for j in range(NV):
+            store = b.store(
+                _constant(0), b.bitcast(_at(b, args[0], VECTOR * j), VEC.as_pointer()), align=4 * VECTOR
+            )
+            store.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(pointer), codegen
+
+
+def _over_run(first, combine):
+    """A reduction of n floats (a multiple of 16) at p, lane by lane, then over the lanes in order.
+
+    first(b, value, x): of a vector, its address to write to, and the number x; combine(b, total, value)."""
+
+    @intrinsic
+    def reduction(typingctx, p, n, x):
+        def codegen(context, b, signature, args):
+            p, n, x = args
+            start = _Vector(b, _load(b, p))
+            total = cgutils.alloca_once(b, VEC)
+            b.store(first(_Vector(b, start.value), _Vector(b, _splat(b, x)), p).value, total)
+            with cgutils.for_range_slice(b, ir.Constant(I64, VECTOR), n, ir.Constant(I64, VECTOR), I64) as (
+                i,
+                _,
+            ):
+                here = _at(b, p, i)
+                v = first(_Vector(b, _load(b, here)), _Vector(b, _splat(b, x)), here)
+                b.store(combine(_Vector(b, b.load(total)), v).value, total)
+            lanes = b.load(total)
+            out = _Vector(b, b.extract_element(lanes, ir.Constant(I32, 0)))
+            for i in range(1, VECTOR):
+                out = combine(out, _Vector(b, b.extract_element(lanes, ir.Constant(I32, i))))
+            return out.value
+
+        return types.float32(pointer, types.intp, types.float32), codegen
+
+    return reduction
+
+
+def _larger(x, y):
+    return _Vector(x.b, x.b.select(x.b.fcmp_ordered(">", x.value, y.value), x.value, y.value))
+
+
+def _exp_there(v, x, p):
+    e = (v - x).exp()
+    _store(v.b, e.value, p)
+    return e
+
+
+largest = _over_run(lambda v, x, p: _larger(v, x), _larger)  # largest(p, n, x): of x and the n floats at p
+exp_sum = _over_run(_exp_there, _Vector.plus_in_order)  # exp_sum(p, n, x): p[i] = exp(p[i] - x); their sum

@@ -4,8 +4,9 @@ update_ref.py."""
 import numpy as np
 
 from nanodiff.kernels.parallel_cpu import parallel
+from nanodiff.kernels.simd_cpu import at, zero_run
 
-__all__ = ["squared_norm", "adam_update"]
+__all__ = ["zero_grad", "squared_norm", "adam_update"]
 
 CHUNK = 1 << 15
 f32 = np.float32
@@ -13,6 +14,19 @@ f32 = np.float32
 
 def _chunks(n):
     return -(-n // CHUNK)
+
+
+@parallel
+def zero_chunk(job, worker, grad):
+    for i in range(job * CHUNK, min((job + 1) * CHUNK, grad.size), 16):
+        zero_run(at(grad, i))
+
+
+def zero_grad(buffer):
+    if buffer.ctypes.data % 64 or buffer.size % 16:  # not a buffer of Params
+        buffer[...] = 0
+    else:
+        zero_chunk(_chunks(buffer.size), buffer)
 
 
 @parallel(flags={"contract", "reassoc"})

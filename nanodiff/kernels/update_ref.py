@@ -2,7 +2,12 @@
 
 import numpy as np
 
-__all__ = ["squared_norm", "adam_update"]
+__all__ = ["zero_grad", "squared_norm", "adam_update"]
+
+
+def zero_grad(buffer):
+    """buffer = 0, in place."""
+    buffer[...] = 0
 
 
 def squared_norm(grad):  # (n,) -> float64 (1,)
