@@ -250,7 +250,7 @@ def _backward(op, leaves, results="out", flops=2, **changes):
 # ---- PyTorch: images in its order of dimensions are views of the same memory, "channels last" ----
 def _torch_linear(torch, x, weight, bias, residual):
     out = torch.nn.functional.linear(x, weight.T, bias)
-    return out if residual is None else out + residual
+    return out if residual is None else out.add_(residual)
 
 
 def _torch_conv(torch, x, weight, bias, stride, pad, emb, residual):
@@ -258,8 +258,8 @@ def _torch_conv(torch, x, weight, bias, stride, pad, emb, residual):
     if pad[0] != pad[1]:
         x, p = torch.nn.functional.pad(x, (*pad, *pad)), 0
     out = torch.conv2d(x, weight, bias, stride, p).permute(0, 2, 3, 1)
-    out = out if emb is None else out + emb[:, None, None]
-    return out if residual is None else out + residual
+    out = out if emb is None else out.add_(emb[:, None, None])
+    return out if residual is None else out.add_(residual)
 
 
 def _torch_groupnorm(torch, x, weight, bias, groups, eps, silu):

@@ -21,7 +21,7 @@ and for a weight gradient, where the sum runs along the line, a word = positions
 """
 
 import functools
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,18 +37,24 @@ CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a
 
 
 # ---- where everything is: tables that depend on shapes alone ----
-class Plan(NamedTuple):
-    """source[line, q]: the row of x at position q, -1 for zero; target[k, q]: the row of out that outputs of
-    class k go to, -1 for none; taps[k]: (line, distance, tap of the weights) of each class; span: the largest
-    distance. For the weight gradient: shifted = target[0] after `span` times -1; back = (line, span -
-    distance, tap)."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """source[line, q]: the row of x at position q, -1 for zero; taps[k]: (line, distance, tap of the weights)
+    of the outputs of class k; span: the largest distance.
+    starts[t]: the position of the first row of tile t, an even number of them; rows[k, 16 t + i]: the row of
+    out that its row i goes to, -1 for none; run[k, t]: the first of them, if all 16 follow one another, else
+    -1. For the weight gradient: target[q]: the row of dout at position q - span; back: (line, span -
+    distance, tap); n: the positions."""
 
     source: np.ndarray
-    target: np.ndarray
     taps: tuple
     span: int
-    shifted: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    run: np.ndarray
+    target: np.ndarray
     back: np.ndarray
+    n: int
 
 
 def _pitch(size, out, stride, low, more):
@@ -79,19 +85,30 @@ def _plan(B, size, out, stride, classes, target):
             inside = (v >= 0) & (v < size[0]) & (w >= 0) & (w < size[1])
             rows = np.arange(B)[:, None, None] * size[0] * size[1] + np.where(inside, v * size[1] + w, 0)
             source[i, j, : B * R * P] = np.where(inside, rows, -1).ravel()
+    # tiles side by side, or where the width allows, none that holds a position between two rows
+    if out[1] % 16 == 0:
+        first = (np.arange(B)[:, None, None] * R + np.arange(out[0])[:, None]) * P + np.arange(0, out[1], 16)
+    else:
+        first = np.arange(0, n, 16)
+    starts = np.append(first, first.flat[-1:].repeat(first.size % 2)).astype(np.int32)
     targets, taps = np.full((len(classes), n), -1, np.int32), []
     for k, members in enumerate(classes):
-        rows = target(k)
-        full = np.full((B, R, P), -1, np.int32)
-        full[:, : rows.shape[1], : rows.shape[2]] = rows
+        full, found = np.full((B, R, P), -1, np.int32), target(k)
+        full[:, : found.shape[1], : found.shape[2]] = found
         targets[k, : full.size] = full.ravel()
         taps.append(tuple(
             (i % stride * stride + j % stride, (i // stride - low[0]) * P + j // stride - low[1], tap)
             for i, j, tap in members
         ))  # fmt: skip
+    rows = targets[:, starts[:, None] + np.arange(16)]
+    rows[:, first.size :] = -1
+    run = np.where((np.diff(rows) == 1).all(2) & (rows[:, :, 0] >= 0), rows[:, :, 0], -1)
     shifted = np.concatenate([np.full(span, -1, np.int32), targets[0], np.full(span + 96, -1, np.int32)])
-    back = np.array([(line, span - distance, tap) for line, distance, tap in taps[0]], np.int64)
-    return Plan(source.reshape(stride * stride, -1), targets, tuple(taps), span, shifted, back.reshape(-1, 3))
+    back = np.array([(line, span - distance, tap) for line, distance, tap in taps[0]], np.int64).reshape(
+        -1, 3
+    )
+    source, rows = source.reshape(stride * stride, -1), rows.reshape(len(rows), -1)
+    return Plan(source, tuple(taps), span, starts, rows, run, shifted, back, n)
 
 
 @functools.lru_cache(maxsize=256)
@@ -123,44 +140,43 @@ def gradient_plan(B, H, W, kh, kw, stride, pad):
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _steps(taps, blocks, length):
-    """Where in a frame each step of the sum begins, all classes end to end; where in them each class
-    begins."""
-    steps = [
-        ((line * blocks + c) * length + distance) * 32
-        for members in taps
-        for c in range(blocks)
-        for line, distance, _ in members
-    ]
-    ends = np.cumsum([0] + [blocks * len(members) for members in taps])
-    return np.array(steps + [0], np.int64), ends.astype(np.int64)
-
-
 # ---- y and dx ----
 def _padded(x):  # (rows, C) -> (rows, C16), C16 a multiple of 16
     more = -x.shape[1] % 16
     return np.pad(x, ((0, 0), (0, more))) if more else x
 
 
-# In the bodies below no array is sliced or handed to a function inside a loop: that counts references, and
-# two threads that count on the same cache line cost each other hundreds of nanoseconds.
 @parallel
 def line_products(
-    job, worker, x, source, weight, steps, ends, target, bias, residual, out, scratch, zero, numbers
+    job,
+    worker,
+    x,
+    source,
+    weight,
+    steps,
+    ends,
+    starts,
+    rows,
+    run,
+    bias,
+    residual,
+    out,
+    scratch,
+    zero,
+    numbers,
 ):
-    """A job: some positions of the line, one of `groups` groups of output channels. C is a multiple of 16."""
+    """A job: some of the tiles, one of `groups` groups of output channels. C is a multiple of 16."""
     block, span, length, groups, area = numbers
-    (lines, _), C, O, (classes, n) = source.shape, x.shape[1], out.shape[1], target.shape
-    q0, group, blocks, panels = job // groups * block, job % groups, (C + 31) // 32, (O + 31) // 32
-    count, frame = min(block, n - q0), worker * scratch.shape[1]
-    sums = frame + lines * blocks * length * 32
+    (lines, _), C, O, (classes, tiles) = source.shape, x.shape[1], out.shape[1], run.shape
+    t0, group, blocks, panels = job // groups * block, job % groups, (C + 31) // 32, (O + 31) // 32
+    t1, q0, frame = min(t0 + block, tiles), starts[t0], worker * scratch.shape[1]
+    sums, none, many = frame + lines * blocks * length * 32, at(zero, 0), bias.shape[0] > 1
     for line in range(lines):
-        for i in range(count + span):
+        for i in range(starts[t1 - 1] + 16 + span - q0):
             row = source[line, q0 + i]
             for c in range(blocks):
                 to = at(scratch, frame + ((line * blocks + c) * length + i) * 32)
-                first = second = at(zero, 0)
+                first = second = none
                 if row >= 0:
                     first = at(x, row * C + c * 32)
                     if c * 32 + 16 < C:
@@ -168,51 +184,84 @@ def line_products(
                 split_pair(first, second, to, shift(to, 16))
     begin()
     for k in range(classes):
-        depth = ends[k + 1] - ends[k]
+        depth, places = ends[k + 1] - ends[k], table_at(steps, ends[k])
         for o in range(group * panels // groups, (group + 1) * panels // groups):
             panel = at(weight, (ends[k] * panels + o * depth) * STEP)
-            for q in range(0, count, 32):
-                a, result = at(scratch, frame + q * 32), at(scratch, sums)
+            for t in range(t0, t1, 2):
+                a, a_half = at(scratch, frame + (starts[t] - q0) * 32), (starts[t + 1] - starts[t]) * 32
+                p, q = run[k, t], run[k, t + 1]
+                i, j = (p // area, q // area) if many else (0, 0)
+                whole = (p >= 0) & (q >= 0) & (o * 32 + 32 <= O) & (residual.size == 0)
+                if whole and not (many and ((p + 15) // area > i or (q + 15) // area > j)):
+                    tile_product(  # from bias to out
+                        a, places, 32, 16, a_half, panel, STEP, 16, 256, 512,
+                        at(bias, i * O + o * 32), at(bias, j * O + o * 32), 0, 16,
+                        at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
+                    )  # fmt: skip
+                    continue
+                c0 = at(scratch, sums)
                 tile_product(
-                    a, table_at(steps, ends[k]), 32, 16, 512, panel, STEP, 16, 256, 512, result, depth, 0
-                )
+                    a, places, 32, 16, a_half, panel, STEP, 16, 256, 512,
+                    none, none, 0, 0, c0, shift(c0, 512), 16, 256, depth,
+                )  # fmt: skip
                 for i in range(32):
-                    row = target[k, q0 + q + i]
+                    row = rows[k, t * 16 + i]
                     if row < 0:
                         continue
-                    b = (row // area if bias.shape[0] > 1 else 0) * O
+                    b = (row // area if many else 0) * O
                     for half in range(2):
                         c, s = o * 32 + 16 * half, sums + (i // 16 * 2 + half) * 256 + i % 16 * 16
                         if c + 16 <= O:
-                            more = at(residual, row * O + c) if residual.size else at(zero, 0)
+                            more = at(residual, row * O + c) if residual.size else none
                             add_runs(at(scratch, s), at(bias, b + c), more, at(out, row * O + c))
                         else:
                             for j in range(O - c):
                                 more_j = residual[row * O + c + j] if residual.size else np.float32(0)
-                                out[row, c + j] = (
-                                    scratch[worker, s - frame + j] + bias[b // O, c + j] + more_j
-                                )
+                                total = scratch[worker, s - frame + j] + more_j
+                                out[row, c + j] = total + bias[b // O, c + j]
     end()
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(plan, C, O, area, threads):
+    """How `products` cuts its work: the number of jobs, words of a frame, tables. It changes no bit of
+    them."""
+    lines, blocks, tiles = len(plan.source), -(-C // 32), len(plan.starts)
+    count = max(1, -(-tiles // max(4, FRAME // (lines * blocks * 512))))  # blocks of tiles that fit
+    count = -(-count // threads) * threads if tiles >= 16 * threads else 1
+    block = -(-tiles // count // 2) * 2
+    count = -(-tiles // block)
+    groups = min(threads, -(-O // 32)) if count < threads else 1
+    length = 16 + plan.span + max(
+        int(plan.starts[min(t + block, tiles) - 1] - plan.starts[t]) for t in range(0, tiles, block)
+    )  # fmt: skip
+    # where in a frame each step of the sum begins, all classes end to end, and where in them each class
+    # begins
+    steps = [
+        ((line * blocks + c) * length + distance) * 32
+        for members in plan.taps
+        for c in range(blocks)
+        for line, distance, _ in members
+    ]
+    ends = np.cumsum([0] + [blocks * len(members) for members in plan.taps]).astype(np.int64)
+    numbers = np.array([block, plan.span, length, groups, area], np.int64)
+    return count * groups, lines * blocks * length * 32, np.array(steps + [0], np.int64), ends, numbers
+
+
+NONE = np.zeros(0, np.float32)
+ZERO = np.zeros(16, np.float32)
 
 
 def products(plan, x, weight, bias, out, residual=None):
     """Fill out (rows, O) by a plan. x (rows, C), weight as made by tile_weights, bias (1 or B, O)."""
-    x = _padded(x)
-    C, O, threads = x.shape[1], out.shape[1], parallel_cpu.threads()
-    lines, blocks, n = len(plan.source), -(-C // 32), plan.target.shape[1]
-    count = max(1, -(-n // max(64, FRAME // (lines * blocks * 32))))  # blocks of positions that fit
-    count = -(-count // threads) * threads if n >= 256 * threads else 1
-    block = -(-n // count // 32) * 32
-    count = -(-n // block)
-    groups = min(threads, -(-O // 32)) if count < threads else 1
-    length = block + plan.span
-    steps, ends = _steps(plan.taps, blocks, length)
-    scratch, zero = empty((threads, lines * blocks * length * 32 + 1024)), np.zeros(16, np.float32)
-    numbers = (block, plan.span, length, groups, len(out) // len(bias))
-    more = zero[:0] if residual is None else residual.reshape(-1)
+    x, threads = _padded(x), parallel_cpu.threads()
+    jobs, words, steps, ends, numbers = _layout(
+        plan, x.shape[1], out.shape[1], len(out) // len(bias), threads
+    )
+    more = NONE if residual is None else residual.reshape(-1)
     line_products(
-        count * groups, x, plan.source, weight, steps, ends, plan.target, bias, more, out, scratch, zero,
-        np.array(numbers, np.int64),
+        jobs, x, plan.source, weight, steps, ends, plan.starts, plan.rows, plan.run, bias, more, out,
+        empty((threads, words + 1024)), ZERO, numbers,
     )  # fmt: skip
 
 
@@ -340,10 +389,13 @@ def gradient_products(
                         a = at(scratch, xt + ((line * chunk + k) * blocks + c) * 1024)
                         b = at(scratch, pairs + ((4 * (o - o0) + e % 2) * length + e // 2 + 16 * k) * 32)
                         unit = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
-                        add = int((k0 > split * total // splits) | (k > 0))
+                        before, row, far = unit, 16, 256
+                        if (k0 == split * total // splits) & (k == 0):
+                            before, row, far = at(zero, 0), 0, 0
                         tile_product(
-                            a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length, unit, depth, add
-                        )
+                            a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length,
+                            before, shift(before, 2 * far), row, far, unit, shift(unit, 512), 16, 256, depth,
+                        )  # fmt: skip
                 if (splits == 1) & (k0 + count == last):
                     add_tiles(partial, taps, dweight, c * panels + o, zero)
     end()
@@ -361,7 +413,7 @@ def weight_products(plan, x, dout, dweight, area):
     _, C, O = dweight.shape
     x, dout, lines, span = _padded(x), _padded(dout), len(plan.source), plan.span
     T, blocks, panels = len(plan.back), -(-C // 32), -(-O // 32)
-    total = -(-(plan.target.shape[1] + span) // 32)  # the last outputs look up to `span` further on
+    total = -(-(plan.n + span) // 32)  # the last outputs look up to `span` further on
     # enough jobs for some threads: sets of 128 output channels, or splits of the line where weights are few
     sets, splits = (
         (panels // 4, 1) if panels >= 8 else (1, min(total, 4 if T * blocks * panels <= 256 else 2))
@@ -374,7 +426,7 @@ def weight_products(plan, x, dout, dweight, area):
     scratch = empty((parallel_cpu.threads(), 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32))
     sums = np.zeros((splits, -(-len(dout) // area), dout.shape[1]), np.float32)
     gradient_products(
-        splits * sets, x, dout, plan.source, plan.shifted, plan.back, steps, partial, dweight, sums, scratch,
+        splits * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums, scratch,
         zero, np.array([total, chunk, sets, length, span, area], np.int64),
     )  # fmt: skip
     if splits > 1:

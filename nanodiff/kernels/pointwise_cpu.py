@@ -1,5 +1,7 @@
 """Ops on one element at a time, and the loss, on the CPU: in chunks of a fixed size. Maths: pointwise_ref.py.
 
+A chunk is a slice first: loops from 0 to the size of an array become SIMD loops, those over a range do not.
+
 SiLU, time and class embeddings see arrays of a few thousand floats here: their NumPy definition is fast
 enough.
 """
@@ -29,8 +31,10 @@ def _chunks(n):
 
 @parallel
 def add_chunk(job, worker, a, b, out):
-    for i in range(job * CHUNK, min((job + 1) * CHUNK, a.size)):
-        out[i] = a[i] + b[i]
+    here = slice(job * CHUNK, (job + 1) * CHUNK)
+    x, y, to = a[here], b[here], out[here]
+    for i in range(to.size):
+        to[i] = x[i] + y[i]
 
 
 def add(a, b):
@@ -41,8 +45,10 @@ def add(a, b):
 
 @parallel
 def dropout_chunk(job, worker, x, bits, threshold, scale, out):
-    for i in range(job * CHUNK, min((job + 1) * CHUNK, x.size)):
-        out[i] = x[i] * scale if bits[i] >= threshold else np.float32(0)
+    here = slice(job * CHUNK, (job + 1) * CHUNK)
+    v, bits, to = x[here], bits[here], out[here]
+    for i in range(to.size):
+        to[i] = v[i] * scale if bits[i] >= threshold else np.float32(0)
 
 
 def dropout(x, rate, seed, step, site):
@@ -58,10 +64,10 @@ KINDS = {"eps": 0, "x0": 1, "v": 2}
 @parallel
 def q_sample_one(job, worker, x0, eps, a, s, kind, xt, target):  # (B, n) each
     a, s = a[job], s[job]
-    for i in range(x0.shape[1]):
-        x, e = x0[job, i], eps[job, i]
-        xt[job, i] = a * x + s * e
-        target[job, i] = e if kind == 0 else x if kind == 1 else a * e - s * x
+    x, e, noised, wanted = x0[job], eps[job], xt[job], target[job]
+    for i in range(x.size):
+        noised[i] = a * x[i] + s * e[i]
+        wanted[i] = e[i] if kind == 0 else x[i] if kind == 1 else a * e[i] - s * x[i]
 
 
 def q_sample(x0, eps, a, s, prediction):
@@ -74,10 +80,11 @@ def q_sample(x0, eps, a, s, prediction):
 
 @parallel
 def mse_chunk(job, worker, pred, target, dpred, sums):
-    total, scale = 0.0, np.float32(2 / pred.size)
-    for i in range(job * CHUNK, min((job + 1) * CHUNK, pred.size)):
-        d = pred[i] - target[i]
-        dpred[i] = d * scale
+    total, scale, here = 0.0, np.float32(2 / pred.size), slice(job * CHUNK, (job + 1) * CHUNK)
+    x, y, to = pred[here], target[here], dpred[here]
+    for i in range(to.size):
+        d = x[i] - y[i]
+        to[i] = d * scale
         total += np.float64(d) * np.float64(d)
     sums[job] = total
 

@@ -52,11 +52,9 @@ class _Unit:
         bytes_ = self.b.shl(row, ir.Constant(I64, 2))
         self.call("tileloadd64", ir.Constant(I8, tile), self.b.bitcast(p, I8P), bytes_)
 
-    def store(self, tile, p):
-        self.call("tilestored64", ir.Constant(I8, tile), self.b.bitcast(p, I8P), ir.Constant(I64, 64))
-
-    def zero(self, tile):
-        self.call("tilezero", ir.Constant(I8, tile))
+    def store(self, tile, p, row):
+        bytes_ = self.b.shl(row, ir.Constant(I64, 2))
+        self.call("tilestored64", ir.Constant(I8, tile), self.b.bitcast(p, I8P), bytes_)
 
     def product(self, c, x, y):
         self.call("tdpbf16ps", *(ir.Constant(I8, tile) for tile in (c, x, y)))
@@ -83,15 +81,11 @@ class _Emulated(_Unit):
             words = b.load(self.row(p, b.mul(loop.index, row)), align=4)
             b.store(words, self.row(self.tiles[tile], b.shl(loop.index, ir.Constant(I64, 4))), align=4)
 
-    def store(self, tile, p):
+    def store(self, tile, p, row):
         b, p = self.b, self.b.bitcast(p, I32.as_pointer())
         with cgutils.for_range(b, ir.Constant(I64, 16)) as loop:
-            at = b.shl(loop.index, ir.Constant(I64, 4))
-            b.store(b.load(self.row(self.tiles[tile], at), align=4), self.row(p, at), align=4)
-
-    def zero(self, tile):
-        with cgutils.for_range(self.b, ir.Constant(I64, TILE)) as loop:
-            self.b.store(ir.Constant(I32, 0), self.b.gep(self.tiles[tile], [loop.index]))
+            words = b.load(self.row(self.tiles[tile], b.shl(loop.index, ir.Constant(I64, 4))), align=4)
+            b.store(words, self.row(p, b.mul(loop.index, row)), align=4)
 
     def product(self, c, x, y):
         """c[m, :] += low(x[m, k]) low(y[k, :]) + high(x[m, k]) high(y[k, :]), for each word k."""
@@ -152,30 +146,28 @@ def end(typingctx):
 
 
 @intrinsic
-def tile_product(typingctx, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half, C, depth, add):
-    """C[32, 32] (+)= A[32, 32 * depth] @ B[32 * depth, 32] in float32, by three products of bfloat16.
+def tile_product(
+    typingctx, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
+    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth,
+):  # fmt: skip
+    """C = I + A[32, 32 * depth] @ B[32 * depth, 32] in float32, by three products of bfloat16.
 
-    C is four tiles end to end: rows 0-15 of A by columns 0-15 of B, by 16-31, then rows 16-31 likewise. Step
-    k of the sum reads A at A + steps[k] and B at B + k * b_step: each has two halves (of 16 rows of A or
-    columns of B) a_half or b_half apart, each half a tile of hi and, lo words further on, one of lo, whose
-    rows lie row words apart. Four tiles hold sums and four operands, so that a step is 12 products (16 cycles
-    each) and 8 loads (8 each).
+    Step k of the sum reads A at A + steps[k] and B at B + k * b_step. Each has two halves (of 16 rows of A,
+    of 16 columns of B) a_half or b_half apart, each half a tile of hi and, lo words further on, one of lo,
+    whose rows lie row words apart. C is four tiles: 16 rows by 16 columns at C0, 16 columns more c_half
+    further on, and the same of the lower 16 rows at C1; likewise I, where i_row = 0 repeats one row. Four
+    tiles hold sums and four operands, so that a step is 12 products (16 cycles each) and 8 loads (8 each).
     """
-    n = types.intp
-    signature = types.void(pointer, addresses, n, n, n, pointer, n, n, n, n, pointer, n, n)
+    n, p = types.intp, pointer
+    signature = types.void(p, addresses, n, n, n, p, n, n, n, n, p, p, n, n, p, p, n, n, n)
 
     def codegen(context, b, _, args):
-        A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half, C, depth, add = args
-        unit, zero = _unit(b), ir.Constant(I64, 0)
+        A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half = args[:10]
+        I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth = args[10:]
+        unit = _unit(b)
         at = lambda p, *offsets: p if not offsets else at(b.gep(p, [offsets[0]]), *offsets[1:])  # noqa: E731
-        c_tiles = [at(C, ir.Constant(I64, i * TILE)) for i in range(4)]
-        with b.if_else(b.icmp_signed("!=", add, zero)) as (more, fresh):
-            with more:
-                for i, p in enumerate(c_tiles):
-                    unit.load(i, p, ir.Constant(I64, 16))
-            with fresh:
-                for i in range(4):
-                    unit.zero(i)
+        for i, p in enumerate((I0, at(I0, i_half), I1, at(I1, i_half))):
+            unit.load(i, p, i_row)
 
         # tiles 4, 5: the halves of A; 6, 7: those of B. Each load stands right before its first use: the unit
         # multiplies while the next operand comes.
@@ -201,8 +193,8 @@ def tile_product(typingctx, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_l
             product(3, 0)
             unit.load(5, at(a, a_lo, a_half), a_row)
             product(1, 2, 3)
-        for i, p in enumerate(c_tiles):
-            unit.store(i, p)
+        for i, p in enumerate((C0, at(C0, c_half), C1, at(C1, c_half))):
+            unit.store(i, p, c_row)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -31,11 +31,11 @@ def zero_grad(buffer):
 
 @parallel(flags={"contract", "reassoc"})
 def squared_chunk(job, worker, grad, sums):
-    total = 0.0
-    for start in range(job * CHUNK, min((job + 1) * CHUNK, grad.size), 256):
-        part = f32(0)  # 256 squares in float32 on SIMD lanes, then float64
-        for i in range(start, min(start + 256, grad.size)):
-            part += grad[i] * grad[i]
+    g, total = grad[job * CHUNK : (job + 1) * CHUNK], 0.0
+    for start in range(0, g.size, 256):
+        some, part = g[start : start + 256], f32(0)  # 256 squares in float32 on SIMD lanes, then float64
+        for i in range(some.size):
+            part += some[i] * some[i]
         total += part
     sums[job] = total
 
