@@ -209,8 +209,8 @@ def _attention(rng, d):
     return [q * np.float32(d.scale), k, v, d.heads]
 
 
-def _attention_error(d):  # rounding a score of size s changes its exponential by s roundings
-    return rounding(max(d.N, d.C / d.heads)) * (1 + d.scale)
+def _attention_error(d):  # an error of a score of size s changes its exponential by s such errors
+    return product_error(max(d.N, d.C / d.heads)) * (1 + d.scale)
 
 
 def _join(rng, d):

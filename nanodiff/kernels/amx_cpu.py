@@ -199,26 +199,55 @@ def line_products(
                         at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
                     )  # fmt: skip
                     continue
-                c0 = at(scratch, sums)
-                tile_product(
-                    a, places, 32, 16, a_half, panel, STEP, 16, 256, 512,
-                    none, none, 0, 0, c0, shift(c0, 512), 16, 256, depth,
-                )  # fmt: skip
-                for i in range(32):
+                for i in range(
+                    32
+                ):  # from bias again, so that it is the same sum, to be added to or picked from
                     row = rows[k, t * 16 + i]
-                    if row < 0:
-                        continue
                     b = (row // area if many else 0) * O
                     for half in range(2):
                         c, s = o * 32 + 16 * half, sums + (i // 16 * 2 + half) * 256 + i % 16 * 16
-                        if c + 16 <= O:
-                            more = at(residual, row * O + c) if residual.size else none
-                            add_runs(at(scratch, s), at(bias, b + c), more, at(out, row * O + c))
+                        if (row >= 0) & (c + 16 <= O):
+                            add_runs(at(bias, b + c), none, none, at(scratch, s))
                         else:
+                            for j in range(16):
+                                inside = (row >= 0) & (c + j < O)
+                                scratch[worker, s - frame + j] = (
+                                    bias[b // O, c + j] if inside else np.float32(0)
+                                )
+                c0 = at(scratch, sums)
+                c1 = shift(c0, 512)
+                tile_product(
+                    a,
+                    places,
+                    32,
+                    16,
+                    a_half,
+                    panel,
+                    STEP,
+                    16,
+                    256,
+                    512,
+                    c0,
+                    c1,
+                    16,
+                    256,
+                    c0,
+                    c1,
+                    16,
+                    256,
+                    depth,
+                )
+                for i in range(32):
+                    row = rows[k, t * 16 + i]
+                    for half in range(2):
+                        c, s = o * 32 + 16 * half, sums + (i // 16 * 2 + half) * 256 + i % 16 * 16
+                        if (row >= 0) & (c + 16 <= O):
+                            more = at(residual, row * O + c) if residual.size else none
+                            add_runs(at(scratch, s), more, none, at(out, row * O + c))
+                        elif row >= 0:
                             for j in range(O - c):
                                 more_j = residual[row * O + c + j] if residual.size else np.float32(0)
-                                total = scratch[worker, s - frame + j] + more_j
-                                out[row, c + j] = total + bias[b // O, c + j]
+                                out[row, c + j] = scratch[worker, s - frame + j] + more_j
     end()
 
 
@@ -265,6 +294,21 @@ def products(plan, x, weight, bias, out, residual=None):
     )  # fmt: skip
 
 
+@njit
+def tile_block(source, row, turned, out, half):
+    """The tiles of B of one 32 x 32 block, whose rows lie `row` floats apart: the block is [sum, columns] or,
+    if turned, [columns, sum]. half: 512 floats."""
+    for h in range(2):
+        first, second, step = shift(source, 16 * h), shift(source, 16 * h + 16 * row), row
+        if turned:
+            transpose16(shift(source, 16 * h * row), row, half)
+            transpose16(shift(source, 16 * h * row + 16), row, shift(half, 256))
+            first, second, step = half, shift(half, 256), 16
+        for i in range(16):
+            hi = shift(out, h * 512 + i * 16)
+            split_pair(shift(first, i * step), shift(second, i * step), hi, shift(hi, 256))
+
+
 @parallel
 def split_weights(job, worker, weight, taps, ends, turned, out, scratch):
     """out[class][panel, c block, tap] for the taps ends[k] .. ends[k + 1] of class k; a job is one (panel, c
@@ -273,7 +317,7 @@ def split_weights(job, worker, weight, taps, ends, turned, out, scratch):
     inner, outer = (O, C) if turned else (C, O)
     blocks, panels = (inner + 31) // 32, (outer + 31) // 32
     panel, c = job // blocks, job % blocks
-    block, half = scratch[worker, :1024].reshape(32, 32), scratch[worker, 1024:].reshape(2, 16, 16)
+    block, half = scratch[worker, :1024].reshape(32, 32), scratch[worker, 1024:]
     i0, o0 = c * 32, panel * 32
     whole = (i0 + 32 <= inner) & (o0 + 32 <= outer)
     for k in range(ends.size - 1):
@@ -288,16 +332,7 @@ def split_weights(job, worker, weight, taps, ends, turned, out, scratch):
                         block[i, j] = w[a, b] if (a < C) & (b < O) else np.float32(0)
                 source, row = at(block, 0), 32
             to = ((ends[k] * panels + panel * depth) * blocks + c * depth + t) * STEP
-            for h in range(2):
-                first, second = shift(source, 16 * h), shift(source, 16 * h + 16 * row)
-                step = row
-                if turned:  # rows of the block are outputs: transpose both groups of 16 inputs
-                    transpose16(shift(source, 16 * h * row), row, at(half, 0))
-                    transpose16(shift(source, 16 * h * row + 16), row, at(half, 256))
-                    first, second, step = at(half, 0), at(half, 256), 16
-                for i in range(16):
-                    hi = at(out, to + h * 512 + i * 16)
-                    split_pair(shift(first, i * step), shift(second, i * step), hi, shift(hi, 256))
+            tile_block(source, row, turned, at(out, to), at(half, 0))
 
 
 def tile_weights(weight, taps=None, turned=False):
@@ -432,3 +467,55 @@ def weight_products(plan, x, dout, dweight, area):
     if splits > 1:
         add_gradients(blocks * panels, partial, plan.back, dweight, zero)
     return np.ascontiguousarray(sums.sum(0)[:, :O])
+
+
+# ---- products of small matrices, for attention; sizes in multiples of 32, leading ones of arrays ----
+@njit
+def pack(x, turned, out, spare):
+    """x (N, K) as a right-hand side of `times`: for a @ x or, if turned, for a @ x^T."""
+    (N, K), half = x.shape, at(spare, 0)
+    for n in range(0, N, 32):
+        for k in range(0, K, 32):
+            to = (n * K + k * 32) if turned else (k * N + n * 32)
+            tile_block(at(x, n * K + k), K, turned, at(out, to), half)
+
+
+@njit
+def times(a, depth, packed, out, steps, spare):
+    """out (M, N) = a (M, K) @ what `packed` packs."""
+    (M, K), N = a.shape, out.shape[1]
+    for m in range(0, M, 32):
+        for k in range(0, K, 32):
+            for i in range(32):
+                run, to = at(a, (m + i) * K + k), at(spare, k * 32 + i * 32)
+                split_pair(run, shift(run, 16), to, shift(to, 16))
+        for n in range(0, N, 32):
+            none, to = at(ZERO, 0), at(out, m * N + n)
+            tile_product(
+                at(spare, 0), table_at(steps, 0), 32, 16, 512, at(packed, n * K), STEP, 16, 256, 512,
+                none, none, 0, 0, to, shift(to, 16 * N), N, 16, K // 32,
+            )  # fmt: skip
+
+
+@njit
+def add_transposed(a, b, n, out, steps, spare):
+    """out (M, N) += a (K, M)^T @ b (K, N)."""
+    (K, M), N = a.shape, b.shape[1]
+    half, tiles = at(spare, 0), at(spare, 512 + 32 * K)
+    for j in range(0, N, 32):
+        for k in range(0, K, 32):
+            tile_block(at(b, k * N + j), N, 0, shift(tiles, (j * K // 32 + k) * 32), half)
+    for m in range(0, M, 32):
+        for k in range(0, K, 32):
+            for h in range(2):
+                transpose16(at(a, k * M + m + 16 * h), M, half)
+                transpose16(at(a, (k + 16) * M + m + 16 * h), M, shift(half, 256))
+                for i in range(16):
+                    to = at(spare, 512 + k * 32 + (16 * h + i) * 32)
+                    split_pair(shift(half, 16 * i), shift(half, 256 + 16 * i), to, shift(to, 16))
+        for j in range(0, N, 32):
+            to = at(out, m * N + j)
+            tile_product(
+                at(spare, 512), table_at(steps, 0), 32, 16, 512, shift(tiles, j * K), STEP, 16, 256, 512,
+                to, shift(to, 16 * N), N, 16, to, shift(to, 16 * N), N, 16, K // 32,
+            )  # fmt: skip
