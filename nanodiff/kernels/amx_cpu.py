@@ -335,17 +335,20 @@ def split_weights(job, worker, weight, taps, ends, turned, out, scratch):
             tile_block(source, row, turned, at(out, to), at(half, 0))
 
 
-def tile_weights(weight, taps=None, turned=False):
-    """Weights (taps, C, O) as tiles of B, for the taps of a plan (default: all in order); turned: for dx."""
-    _, C, O = weight.shape
-    taps = ((*((0, 0, i) for i in range(len(weight))),),) if taps is None else taps
+@functools.lru_cache(maxsize=256)
+def _taps(taps):
+    """The taps of the weights that a plan's classes read, end to end, and where each class begins."""
     ends = np.cumsum([0] + [len(members) for members in taps]).astype(np.int64)
-    flat = np.array([tap for members in taps for _, _, tap in members], np.int64)
+    return np.array([tap for members in taps for _, _, tap in members], np.int64), ends
+
+
+def tile_weights(weight, plan, turned=False):
+    """Weights (taps, C, O) as tiles of B, (panels, blocks, taps, STEP), as the plan reads them; turned: for
+    dx."""
+    (_, C, O), (taps, ends) = weight.shape, _taps(plan.taps)
     blocks, panels = (-(-n // 32) for n in ((O, C) if turned else (C, O)))
-    out = empty((panels, blocks, len(flat), STEP))
-    split_weights(
-        panels * blocks, weight, flat, ends, int(turned), out, empty((parallel_cpu.threads(), 1536))
-    )
+    out, scratch = empty((panels, blocks, len(taps), STEP)), empty((parallel_cpu.threads(), 1536))
+    split_weights(panels * blocks, weight, taps, ends, int(turned), out, scratch)
     return out
 
 
@@ -441,31 +444,40 @@ def add_gradients(job, worker, partial, taps, dweight, zero):
     add_tiles(partial, taps, dweight, job, zero)
 
 
+@functools.lru_cache(maxsize=1024)
+def _gradient_layout(plan, C, O, area):
+    """How `weight_products` cuts its work: a matter of shape alone, since it decides the order of the
+    sums."""
+    lines, T, blocks, panels = len(plan.source), len(plan.back), -(-C // 32), -(-O // 32)
+    total = -(-(plan.n + plan.span) // 32)  # the last outputs look up to `span` further on
+    if panels >= 8:  # enough jobs for some threads: sets of 128 output channels,
+        sets, splits = panels // 4, 1
+    else:  # or splits of the line where weights are few
+        sets, splits = 1, min(total, 4 if T * blocks * panels <= 256 else 2)
+    wide = -(-panels // sets)
+    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * wide))))
+    length = chunk * 16 + (plan.span + 1) // 2
+    scratch = 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32
+    steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
+    numbers = np.array([total, chunk, sets, length, plan.span, area], np.int64)
+    return sets, (splits, blocks * panels * T, STEP), scratch, steps, numbers
+
+
 def weight_products(plan, x, dout, dweight, area):
     """dweight (taps, C, O) += the weight gradient; returns sums of `area` rows of dout each, (groups, O).
 
     A fixed number of partial sums, added in order: the same bits for any number of threads."""
-    _, C, O = dweight.shape
-    x, dout, lines, span = _padded(x), _padded(dout), len(plan.source), plan.span
-    T, blocks, panels = len(plan.back), -(-C // 32), -(-O // 32)
-    total = -(-(plan.n + span) // 32)  # the last outputs look up to `span` further on
-    # enough jobs for some threads: sets of 128 output channels, or splits of the line where weights are few
-    sets, splits = (
-        (panels // 4, 1) if panels >= 8 else (1, min(total, 4 if T * blocks * panels <= 256 else 2))
-    )
-    wide = -(-panels // sets)
-    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * wide))))
-    length = chunk * 16 + (span + 1) // 2
-    steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
-    partial, zero = empty((splits, blocks * panels * T, STEP)), np.zeros(32 * max(blocks, panels), np.float32)
-    scratch = empty((parallel_cpu.threads(), 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32))
-    sums = np.zeros((splits, -(-len(dout) // area), dout.shape[1]), np.float32)
+    (_, C, O), x, dout = dweight.shape, _padded(x), _padded(dout)
+    sets, units, size, steps, numbers = _gradient_layout(plan, C, O, area)
+    partial, scratch = empty(units), empty((parallel_cpu.threads(), size))
+    zero = np.zeros(32 * -(-max(C, O) // 32), np.float32)
+    sums = np.zeros((units[0], -(-len(dout) // area), dout.shape[1]), np.float32)
     gradient_products(
-        splits * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums, scratch,
-        zero, np.array([total, chunk, sets, length, span, area], np.int64),
+        units[0] * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums, scratch,
+        zero, numbers,
     )  # fmt: skip
-    if splits > 1:
-        add_gradients(blocks * panels, partial, plan.back, dweight, zero)
+    if units[0] > 1:
+        add_gradients(-(-C // 32) * -(-O // 32), partial, plan.back, dweight, zero)
     return np.ascontiguousarray(sums.sum(0)[:, :O])
 
 

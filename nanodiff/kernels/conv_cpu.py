@@ -32,7 +32,8 @@ def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
     W."""
     kh, kw, C, O = weight.shape
     if AMX:
-        tiles = amx_cpu.tile_weights(weight.reshape(-1, C, O))
+        plan = amx_cpu.forward_plan(1, H, W, kh, kw, stride, tuple(pad))
+        tiles = amx_cpu.tile_weights(weight.reshape(-1, C, O), plan)
         return tiles.reshape(*tiles.shape[:2], kh, kw, -1)
     if uses_winograd(weight.shape, H, W, stride, pad):
         return transformed_weights(weight)
@@ -76,7 +77,7 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
         )
         dbias += demb.sum(0)
         plan, zero = amx_cpu.gradient_plan(*shape), np.zeros((1, x.shape[3]), np.float32)
-        turned = amx_cpu.tile_weights(flat, plan.taps, turned=True)
+        turned = amx_cpu.tile_weights(flat, plan, turned=True)
         amx_cpu.products(plan, rows, turned, zero, dx.reshape(B * H * W, -1))
         return dx, demb
     demb = sums(dout.reshape(-1, O), B)

@@ -22,7 +22,12 @@ def linear_forward(x, weight, bias, residual=None):
     if AMX:
         plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
         amx_cpu.products(
-            plan, rows[0, 0], amx_cpu.tile_weights(weight[None]), bias[None], _as_image(out)[0, 0], residual
+            plan,
+            rows[0, 0],
+            amx_cpu.tile_weights(weight[None], plan),
+            bias[None],
+            _as_image(out)[0, 0],
+            residual,
         )
         return out
     convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N, residual=residual)
@@ -36,7 +41,7 @@ def linear_backward(dout, x, weight, dweight, dbias):
     if AMX:
         plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
         dbias += amx_cpu.weight_products(plan, rows[0, 0], drows[0, 0], dweight[None], -(-N // groups)).sum(0)
-        turned = amx_cpu.tile_weights(weight[None], turned=True)
+        turned = amx_cpu.tile_weights(weight[None], plan, turned=True)
         amx_cpu.products(plan, drows[0, 0], turned, zero, _as_image(dx)[0, 0])
         return dx
     dbias += sums(drows[0, 0], groups).sum(0)

@@ -21,7 +21,8 @@ NV = PANEL // VECTOR  # registers across a panel
 # must fit in 32 registers (AVX-512, NEON) or 16 (AVX2: 6*2 + 2 + 1 = 15).
 ROWS = {16: 12, 8: 6, 4: 6, 1: 4}[VECTOR]
 # The same for the transposed product of weight gradients, whose rows are channels: a divisor of 16.
-ROWS_T = {16: 16, 8: 4, 4: 4, 1: 4}[VECTOR]
+ROWS_T = {16: 8, 8: 4, 4: 4, 1: 4}[VECTOR]
+WIDE = {16: 2, 8: 1, 4: 1, 1: 1}[VECTOR]  # panels multiplied at a time, where there are as many
 
 # Registers across the channels of a pixel that make_rows works on at a time.
 AHEAD = {16: 4, 8: 2, 4: 4, 1: 1}[VECTOR]
@@ -56,51 +57,57 @@ def _at(b, p, *offsets):
     return p
 
 
-def make_product(rows, transposed=False):
+def make_product(rows, transposed=False, panels=1):
     """C[rows, 16] (+)= A[rows, depth] @ B[depth, 16], all of C in registers.
 
     A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; row k of B at B[k * ldb], row r of C at
     C[r * ldc]. Each step of the loop over k loads one row of B (NV registers) and, for every row of C,
     spreads one element of A over a register and does NV fused multiply-adds: rows * NV independent ones,
     enough to hide their latency. `add` != 0 adds to what is in C. The sum over k is in order.
+
+    With `panels` = 2 an element that was spread is used twice: product(..., next_b, next_c) does the same for
+    the panel of B that lies next_b floats further on, into C + next_c.
     """
 
     @intrinsic
-    def product(typingctx, A, lda, B, ldb, C, ldc, depth, add):
+    def product(typingctx, A, lda, B, ldb, C, ldc, depth, add, *apart):
         n = types.intp
-        signature = types.void(pointer, n, pointer, n, pointer, n, n, n)
+        signature = types.void(pointer, n, pointer, n, pointer, n, n, n, types.StarArgTuple([n] * len(apart)))
 
         def codegen(context, b, _, args):
-            A, lda, B, ldb, C, ldc, depth, add = args
+            A, lda, B, ldb, C, ldc, depth, add = args[:8]
             i64 = lambda v: ir.Constant(I64, v)  # noqa: E731
             fma = cgutils.get_or_insert_function(
                 b.module, ir.FunctionType(VEC, [VEC] * 3), f"llvm.fma.v{VECTOR}f32"
             )
-            c_row = [_at(b, C, b.mul(ldc, i64(r))) for r in range(rows)]
+            next_b, next_c = cgutils.unpack_tuple(b, args[8]) if panels > 1 else (i64(0), i64(0))
+            b_panel = [_at(b, B, b.mul(next_b, i64(p))) for p in range(panels)]
+            c_panel = [_at(b, C, b.mul(next_c, i64(p))) for p in range(panels)]
             a_row = [_at(b, A, b.mul(lda, i64(r))) for r in range(rows)]
-            sums = [cgutils.alloca_once(b, VEC) for _ in range(rows * NV)]  # LLVM turns these into registers
-            cells = [(r, j) for r in range(rows) for j in range(NV)]
+            cells = [(r, p, j) for r in range(rows) for p in range(panels) for j in range(NV)]
+            sums = [cgutils.alloca_once(b, VEC) for _ in cells]  # LLVM turns these into registers
+            place = [_at(b, c_panel[p], b.mul(ldc, i64(r)), VECTOR * j) for r, p, j in cells]
             adding = b.icmp_signed("!=", add, i64(0))
             for s in sums:
                 b.store(_constant(0), s)
             with b.if_then(adding):
-                for (r, j), s in zip(cells, sums):
-                    b.store(_load(b, _at(b, c_row[r], VECTOR * j)), s)
-
-            def step(k):
-                b_row = _at(b, B, b.mul(k, ldb))
-                bv = [_load(b, _at(b, b_row, VECTOR * j)) for j in range(NV)]
-                a_col = _at(b, A, b.mul(k, lda)) if transposed else None
-                for r in range(rows):
-                    av = _splat(b, b.load(_at(b, a_col, r) if transposed else _at(b, a_row[r], k)))
-                    for j in range(NV):
-                        s = sums[r * NV + j]
-                        b.store(b.call(fma, [av, bv[j], b.load(s)]), s)
-
+                for c, s in zip(place, sums):
+                    b.store(_load(b, c), s)
             with cgutils.for_range_slice(b, i64(0), depth, i64(1), I64) as (k, _):
-                step(k)
-            for (r, j), s in zip(cells, sums):
-                _store(b, b.load(s), _at(b, c_row[r], VECTOR * j))
+                b_row = b.mul(k, ldb)
+                bv = {
+                    (p, j): _load(b, _at(b, b_panel[p], b_row, VECTOR * j))
+                    for _, p, j in cells[: panels * NV]
+                }
+                a_col = _at(b, A, b.mul(k, lda)) if transposed else None
+                av = [
+                    _splat(b, b.load(_at(b, a_col, r) if transposed else _at(b, a_row[r], k)))
+                    for r in range(rows)
+                ]
+                for (r, p, j), s in zip(cells, sums):
+                    b.store(b.call(fma, [av[r], bv[p, j], b.load(s)]), s)
+            for c, s in zip(place, sums):
+                _store(b, b.load(s), c)
             return context.get_dummy_value()
 
         return signature, codegen
@@ -331,7 +338,7 @@ def zero_run(typingctx, address):
 
 
 def _over_run(first, combine):
-    """A reduction of n floats (a multiple of 16) at p, lane by lane, then over the lanes, in a fixed order.
+    """A reduction of n floats (a multiple of 16) at p, lane by lane, then over the lanes in order.
 
     first(b, value, x): of a vector, its address to write to, and the number x; combine(b, total, value)."""
 
@@ -349,15 +356,11 @@ def _over_run(first, combine):
                 here = _at(b, p, i)
                 v = first(_Vector(b, _load(b, here)), _Vector(b, _splat(b, x)), here)
                 b.store(combine(_Vector(b, b.load(total)), v).value, total)
-            lanes, width = b.load(total), VECTOR
-            while width > 1:  # the upper half onto the lower
-                width //= 2
-                halves = (
-                    ir.Constant(ir.VectorType(I32, width), [*range(at, at + width)]) for at in (0, width)
-                )
-                low, high = (_Vector(b, b.shuffle_vector(lanes, lanes, half)) for half in halves)
-                lanes = combine(low, high).value
-            return b.extract_element(lanes, ir.Constant(I32, 0))
+            lanes = b.load(total)
+            out = _Vector(b, b.extract_element(lanes, ir.Constant(I32, 0)))
+            for i in range(1, VECTOR):
+                out = combine(out, _Vector(b, b.extract_element(lanes, ir.Constant(I32, i))))
+            return out.value
 
         return types.float32(pointer, types.intp, types.float32), codegen
 

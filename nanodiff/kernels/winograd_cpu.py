@@ -19,14 +19,15 @@ import numpy as np
 
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
-from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product, make_transform, table_at
+from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, WIDE, at, make_product, make_transform, table_at
 
-PAD = 16  # floats added to long rows, so that they do not all fall into the same sets of the cache
-TILES = (
-    12 if ROWS == 6 else ROWS
-)  # tiles transformed at a time: their 36 * TILES * C values stay in the L2 cache
-WIDE = 64  # output channels multiplied at a time
-CHUNK = 128  # tiles summed at a time in a weight gradient
+# Steps between long rows, and between frequencies, are an odd number of cache lines (of PAD floats): an even
+# one would put what is 36 apart into a few sets of the cache, and a transform writes to 36 places at a time.
+PAD = 16
+TILES = 24  # tiles transformed at a time, whole ROWS: their 36 * TILES * C values stay in the L2 cache
+GROUP = 64  # output channels multiplied at a time
+BLOCK = 64  # a weight gradient is made for BLOCK x BLOCK channels at a time,
+CHUNK = 48  # from so many tiles at a time: the operands and the sum, 1.5 MB, stay in the L2 cache
 
 
 # The five 1-D transforms. They run on NumPy arrays and, through make_transform, on SIMD registers.
@@ -56,7 +57,8 @@ def gt(u0, u1, u2, u3, u4, u5):  # G^T, the adjoint of G
     return (1 / 4) * u0 - (1 / 6) * s + (1 / 24) * s2, (1 / 12) * d2 - (1 / 6) * d, (1 / 6) * (s2 - s) + u5
 
 
-product, product_t = make_product(ROWS), make_product(ROWS_T, transposed=True)
+product, products = make_product(ROWS), make_product(ROWS, panels=WIDE)
+product_t, products_t = (make_product(ROWS_T, transposed=True, panels=n) for n in (1, WIDE))
 to_v, to_d, to_u = make_transform(bt, 6), make_transform(a4, 4), make_transform(g, 3)
 to_y, to_y_plus = (make_transform(at4, 6, back=True, bias=True, residual=plus) for plus in (False, True))
 to_dw = make_transform(gt, 6, back=True, add=True)
@@ -82,12 +84,12 @@ def pixels(table, image, size, start, tile, H, W, C, outside):
 
 
 @njit
-def block_v(x, V, t0, i0, i1, table, zero):
-    """V[f, i] = B^T x B of the tiles t0 + i, i0 <= i < i1."""
+def block_v(x, V, t0, tn, c0, c1, table, zero):
+    """V[f, i] = B^T x B of the tiles t0 + i, i < tn, for the channels c0 .. c1."""
     _, H, W, C = x.shape
-    for i in range(i0, i1):
-        pixels(table, x.ctypes.data, 6, -1, t0 + i, H, W, C, zero.ctypes.data)
-        to_v(table_at(table, 0), at(V, i * V.shape[2]), V.shape[1] * V.shape[2], C, at(zero, 0))
+    for i in range(tn):
+        pixels(table, x.ctypes.data + c0 * 4, 6, -1, t0 + i, H, W, C, zero.ctypes.data)
+        to_v(table_at(table, 0), at(V, i * V.shape[2]), V.shape[1] * V.shape[2], c1 - c0, at(zero, 0))
 
 
 @njit
@@ -95,15 +97,18 @@ def block_y(V, U, out, bias, residual, t0, tn, k0, k1, M, table, zero, trash):
     """Channels k0 .. k1 of tiles t0 .. t0 + tn of out: 36 products into M, then A^T . A, bias and
     residual."""
     _, H, W, O = out.shape
-    C, ldv, wide, rows = U.shape[2], V.shape[2], k1 - k0, (tn + ROWS - 1) // ROWS * ROWS
+    C, ldv, wide, rows = U.shape[2] - 1, V.shape[2], k1 - k0, (tn + ROWS - 1) // ROWS * ROWS
     stride = rows * wide + PAD
     tiles = ((H + 3) // 4) * ((W + 3) // 4)
     for f in range(36):
-        for k in range(0, wide, PANEL):
-            u = at(U, ((k0 + k) // PANEL * 36 + f) * C * PANEL)
+        for k in range(0, wide, PANEL * WIDE):
+            u = at(U, ((k0 + k) // PANEL * 36 + f) * (C + 1) * PANEL)
             for r in range(0, rows, ROWS):
-                v = at(V, (f * V.shape[1] + r) * ldv)
-                product(v, ldv, u, PANEL, at(M, f * stride + r * wide + k), wide, C, 0)
+                v, m = at(V, (f * V.shape[1] + r) * ldv), at(M, f * stride + r * wide + k)
+                if k + PANEL * WIDE <= wide:
+                    products(v, ldv, u, PANEL, m, wide, C, 0, 36 * (C + 1) * PANEL, PANEL)
+                else:
+                    product(v, ldv, u, PANEL, m, wide, C, 0)
     for i in range(tn):
         pixels(table, out.ctypes.data + k0 * 4, 4, 0, t0 + i, H, W, O, trash.ctypes.data)
         b = at(bias, ((t0 + i) // tiles if bias.shape[0] > 1 else 0) * O + k0)
@@ -116,32 +121,32 @@ def block_y(V, U, out, bias, residual, t0, tn, k0, k1, M, table, zero, trash):
 
 @parallel
 def tiles_forward(job, worker, x, U, bias, residual, out, V, M, tables, zeros, count, groups):
-    """A job: one block of tiles, one of `groups` groups of output channels; V and M are private to a
-    worker."""
+    """A job: one of `count` blocks of TILES tiles, one of `groups` groups of output channels; V and M are
+    private to a worker."""
     N, H, W, O = out.shape
     T = N * ((H + 3) // 4) * ((W + 3) // 4)
-    b, group = job % count, job // count
-    t0, t1 = b * T // count, (b + 1) * T // count
+    t0, group = job % count * TILES, job // count
+    tn = min(TILES, T - t0)
     table, zero, trash = tables[worker], zeros[worker, 0], zeros[worker, 1]
     zero[:] = 0
-    block_v(x, V[worker], t0, 0, t1 - t0, table, zero)
+    block_v(x, V[worker], t0, tn, 0, x.shape[3], table, zero)
     k1 = (group + 1) * (O // PANEL) // groups * PANEL
-    for k in range(group * (O // PANEL) // groups * PANEL, k1, WIDE):
-        wide = min(k + WIDE, k1)
-        block_y(V[worker], U, out, bias, residual, t0, t1 - t0, k, wide, M[worker], table, zero, trash)
+    for k in range(group * (O // PANEL) // groups * PANEL, k1, GROUP):
+        wide = min(k + GROUP, k1)
+        block_y(V[worker], U, out, bias, residual, t0, tn, k, wide, M[worker], table, zero, trash)
 
 
 @parallel
 def weights_forward(job, worker, weight, U, tables):
-    """U[panel, f, c] = G w G^T for the panel's 16 output channels; a job does 16 input channels of a
-    panel."""
+    """U[panel, f, c] = G w G^T for the panel's 16 output channels, c < C, and one row more as padding; a job
+    does 16 input channels of a panel."""
     _, C, O = weight.shape
     k, c0 = job // (C // PANEL), job % (C // PANEL) * PANEL
     table = tables[worker]
     for c in range(c0, c0 + PANEL):
         for i in range(9):
             table[i] = weight.ctypes.data + ((i * C + c) * O + k * PANEL) * 4
-        to_u(table_at(table, 0), at(U, (k * 36 * C + c) * PANEL), C * PANEL, PANEL, at(U, 0))
+        to_u(table_at(table, 0), at(U, (k * 36 * (C + 1) + c) * PANEL), (C + 1) * PANEL, PANEL, at(U, 0))
 
 
 @parallel
@@ -156,54 +161,85 @@ def weights_turned(job, worker, weight, U, tables, blocks):
         for p in range(PANEL):
             for q in range(PANEL):
                 block[i, q, p] = weight[8 - i, c * PANEL + p, k * PANEL + q]
-    to_u(table_at(table, 0), at(U, (c * 36 * O + k * PANEL) * PANEL), O * PANEL, PANEL * PANEL, at(U, 0))
+    to_u(
+        table_at(table, 0),
+        at(U, (c * 36 * (O + 1) + k * PANEL) * PANEL),
+        (O + 1) * PANEL,
+        PANEL * PANEL,
+        at(U, 0),
+    )
 
 
-@parallel
-def tiles_transform(job, worker, x, dout, V, D, tables, zeros, t0, tn):
-    """V and D of eight tiles of a chunk, for the weight gradient."""
-    i0, i1 = job * 8, min(job * 8 + 8, tn)
-    table, zero = tables[worker], zeros[worker]
-    zero[: max(x.shape[3], dout.shape[3])] = 0
-    block_v(x, V, t0, i0, i1, table, zero)
-    _, H, W, O = dout.shape
-    for i in range(i0, i1):
-        pixels(table, dout.ctypes.data, 4, 0, t0 + i, H, W, O, zero.ctypes.data)
-        to_d(table_at(table, 0), at(D, i * D.shape[2]), D.shape[1] * D.shape[2], O, at(zero, 0))
+@njit
+def channels(block, C, O):
+    """Which channels belong to a block of a weight gradient: c0, c1 of the inputs, o0, o1 of the outputs."""
+    across = (O + BLOCK - 1) // BLOCK
+    c0, o0 = block // across * BLOCK, block % across * BLOCK
+    return c0, min(C, c0 + BLOCK), o0, min(O, o0 + BLOCK)
 
 
-@parallel
-def chunk_products(job, worker, V, D, dU, tn, add):
-    """dU[panel, f] (+)= V[f]^T D[f, panel] over the tn tiles of a chunk; a job is one frequency."""
-    f, (K, _, C, _) = job, dU.shape
-    ldv, ldd = V.shape[2], D.shape[2]
-    for k in range(K):
-        d = at(D, f * D.shape[1] * ldd + k * PANEL)
-        for c in range(0, C, ROWS_T):
-            target = at(dU, ((k * 36 + f) * C + c) * PANEL)
-            product_t(at(V, f * V.shape[1] * ldv + c), ldv, d, ldd, target, PANEL, tn, add)
-
-
-@parallel
-def weights_gradient(job, worker, dU, dweight, tables):
-    """dweight += G^T dU G; jobs as in weights_forward."""
+@njit
+def add_gradient(dU, dweight, block, table):
+    """dweight += G^T dU G for a block of channels: dU[f, c, o], padded to a step of `stride` from f to f."""
     _, C, O = dweight.shape
-    k, c0 = job // (C // PANEL), job % (C // PANEL) * PANEL
-    table = tables[worker]
-    for c in range(c0, c0 + PANEL):
+    c0, c1, o0, o1 = channels(block, C, O)
+    wide = o1 - o0
+    for c in range(c0, c1):
         for i in range(9):
-            table[i] = dweight.ctypes.data + ((i * C + c) * O + k * PANEL) * 4
-        to_dw(table_at(table, 0), at(dU, (k * 36 * C + c) * PANEL), C * PANEL, PANEL, at(dU, 0))
+            table[i] = dweight.ctypes.data + ((i * C + c) * O + o0) * 4
+        to_dw(table_at(table, 0), at(dU, (c - c0) * wide), (c1 - c0) * wide + PAD, wide, at(dU, 0))
+
+
+@parallel
+def tiles_gradient(job, worker, x, dout, sums, dweight, V, D, tables, zeros, splits):
+    """dU[f] = sum over the tiles of V[f]^T D[f]: a job is one of `splits` splits of the tiles, for a block of
+    channels.
+
+    The thread that multiplies V and D makes them itself, once for every block: from the L2 cache of another
+    core they would come at a fraction of the rate. Of a single split it goes on to dweight.
+    """
+    _, H, W, O = dout.shape
+    C, T = x.shape[3], dout.shape[0] * ((H + 3) // 4) * ((W + 3) // 4)
+    block, split = job // splits, job % splits
+    c0, c1, o0, o1 = channels(block, C, O)
+    high, wide, first, last = c1 - c0, o1 - o0, split * T // splits, (split + 1) * T // splits
+    v, d, table, zero = V[worker], D[worker], tables[worker], zeros[worker]
+    (_, rows, ldv), ldd, dU = v.shape, d.shape[2], sums[worker if splits == 1 else job]
+    zero[:] = 0
+    for t0 in range(first, last, CHUNK):
+        tn, add = min(CHUNK, last - t0), int(t0 > first)
+        block_v(x, v, t0, tn, c0, c1, table, zero)
+        for i in range(tn):
+            pixels(table, dout.ctypes.data + o0 * 4, 4, 0, t0 + i, H, W, O, zero.ctypes.data)
+            to_d(table_at(table, 0), at(d, i * ldd), rows * ldd, wide, at(zero, 0))
+        for f in range(36):
+            for k in range(0, wide, PANEL * WIDE):
+                b = at(d, f * rows * ldd + k)
+                for c in range(0, high, ROWS_T):
+                    a, to = at(v, f * rows * ldv + c), at(dU, f * (high * wide + PAD) + c * wide + k)
+                    if k + PANEL * WIDE <= wide:
+                        products_t(a, ldv, b, ldd, to, wide, tn, add, PANEL, PANEL)
+                    else:
+                        product_t(a, ldv, b, ldd, to, wide, tn, add)
+    if splits == 1:
+        add_gradient(dU, dweight, block, table)
+
+
+@parallel
+def add_gradients(job, worker, sums, dweight, tables, splits):
+    """The splits of a block of channels into dweight, in order."""
+    for split in range(splits):
+        add_gradient(sums[job * splits + split], dweight, job, tables[worker])
 
 
 def _tables():
     return empty((parallel_cpu.threads(), 36), np.int64)
 
 
-def transformed_weights(weight, turned=False):  # (3,3,C,O) -> (O/16, 36, C, 16) or, turned, (C/16, 36, O, 16)
+def transformed_weights(weight, turned=False):  # (3,3,C,O) -> (O/16, 36, C+1, 16); turned (C/16, 36, O+1, 16)
     C, O = weight.shape[2:]
     inner, outer = (O, C) if turned else (C, O)
-    U, taps = empty((outer // PANEL, 36, inner, PANEL)), weight.reshape(9, C, O)
+    U, taps = empty((outer // PANEL, 36, inner + 1, PANEL)), weight.reshape(9, C, O)
     jobs = (C // PANEL) * (O // PANEL)
     if turned:
         weights_turned(jobs, taps, U, _tables(), empty((parallel_cpu.threads(), 9 * PANEL * PANEL)))
@@ -219,10 +255,8 @@ def winograd(x, U, bias, residual=None):  # (B,H,W,C), U, (1 or B, O) -> (B,H,W,
     O, threads = U.shape[0] * PANEL, parallel_cpu.threads()
     out, T = empty((B, H, W, O)), B * -(-H // 4) * -(-W // 4)
     count = -(-T // TILES)
-    # few blocks: cut the channels too; large U: each thread reads half of it at a time
-    groups = -(-2 * threads // count) if count < 2 * threads else 2 if C * O >= 256 * 256 else 1
-    V = empty((threads, 36, TILES + ROWS, C + PAD))
-    M = empty((threads, 36 * ((TILES + ROWS) * min(WIDE, O) + PAD)))
+    groups = -(-2 * threads // count) if count < 2 * threads else 1  # few blocks: cut the channels too
+    V, M = empty((threads, 36, TILES + 1, C + PAD)), empty((threads, 36 * (TILES * min(GROUP, O) + PAD)))
     zeros, groups = empty((threads, 2, max(C, O) + PAD)), min(groups, O // PANEL)
     more = out[:0] if residual is None else residual
     tiles_forward(count * groups, x, U, bias, more, out, V, M, _tables(), zeros, count, groups)
@@ -230,14 +264,15 @@ def winograd(x, U, bias, residual=None):  # (B,H,W,C), U, (1 or B, O) -> (B,H,W,
 
 
 def winograd_weight_gradient(x, dout, dweight):  # adds into dweight (3,3,C,O)
-    """Chunks of a fixed size in a fixed order: the same bits for any number of threads."""
+    """A number of splits that depends on shape alone, added in order: the same bits for any number of
+    threads."""
     B, H, W, C = x.shape
-    O, T = dout.shape[3], B * -(-H // 4) * -(-W // 4)
-    V, D = empty((36, CHUNK, C + PAD)), empty((36, CHUNK, O + PAD))
-    dU, tables = empty((O // PANEL, 36, C, PANEL)), _tables()
-    zeros = empty((parallel_cpu.threads(), max(C, O) + PAD))
-    for t0 in range(0, T, CHUNK):
-        tn = min(CHUNK, T - t0)
-        tiles_transform(-(-tn // 8), x, dout, V, D, tables, zeros, t0, tn)
-        chunk_products(36, V, D, dU, tn, int(t0 > 0))
-    weights_gradient((C // PANEL) * (O // PANEL), dU, dweight.reshape(9, C, O), tables)
+    O, T, threads = dout.shape[3], B * -(-H // 4) * -(-W // 4), parallel_cpu.threads()
+    blocks = -(-C // BLOCK) * -(-O // BLOCK)
+    splits = max(1, min(T // CHUNK, 4 // blocks))  # enough jobs for some threads
+    sums = empty((threads if splits == 1 else blocks * splits, 36 * (min(C, BLOCK) * min(O, BLOCK) + PAD)))
+    V, D = (empty((threads, 36, CHUNK + 1, min(n, BLOCK) + PAD)) for n in (C, O))
+    zeros, taps, tables = empty((threads, BLOCK)), dweight.reshape(9, C, O), _tables()
+    tiles_gradient(blocks * splits, x, dout, sums, taps, V, D, tables, zeros, splits)
+    if splits > 1:
+        add_gradients(blocks, sums, taps, tables, splits)
