@@ -354,23 +354,25 @@ def tile_weights(weight, plan, turned=False):
 
 # ---- dweight ----
 @njit
-def add_tiles(partial, taps, dweight, block, zero):
-    """dweight += the sums of all splits, in order, for one block of 32 x 32 channels."""
-    (_, C, O), T = dweight.shape, taps.shape[0]
+def add_tiles(partial, taps, dweight, c, o0, o1, zero):
+    """dweight += the sums of all splits, in order, for 32 input channels and the panels o0 .. o1 of outputs:
+    along the rows of dweight, which come from memory."""
+    (splits, units, _), (_, C, O), T = partial.shape, dweight.shape, taps.shape[0]
     panels = (O + 31) // 32
-    c, o = block // panels, block % panels
     for t in range(T):
         for i in range(min(32, C - 32 * c)):
-            for half in range(2):
-                c0, s = 32 * o + 16 * half, (i // 16 * 2 + half) * 256 + i % 16 * 16
-                run = ((taps[t, 2] * C) + 32 * c + i) * O + c0
-                for split in range(partial.shape[0]):
-                    if c0 + 16 <= O:
-                        sums = at(partial, (split * partial.shape[1] + block * T + t) * STEP + s)
+            for o in range(2 * o0, 2 * o1):
+                run = (taps[t, 2] * C + 32 * c + i) * O + 16 * o
+                s = (((c * panels + o // 2) * T + t) * 4 + i // 16 * 2 + o % 2) * 256 + i % 16 * 16
+                for split in range(splits):
+                    if 16 * o + 16 <= O:
+                        sums = at(partial, split * units * STEP + s)
                         add_runs(sums, at(dweight, run), at(zero, 0), at(dweight, run))
                     else:
-                        for j in range(O - c0):
-                            dweight[taps[t, 2], 32 * c + i, c0 + j] += partial[split, block * T + t, s + j]
+                        for j in range(O - 16 * o):
+                            dweight[taps[t, 2], 32 * c + i, 16 * o + j] += partial[
+                                split, s // STEP, s % STEP + j
+                            ]
 
 
 @parallel
@@ -434,14 +436,15 @@ def gradient_products(
                             a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length,
                             before, shift(before, 2 * far), row, far, unit, shift(unit, 512), 16, 256, depth,
                         )  # fmt: skip
-                if (splits == 1) & (k0 + count == last):
-                    add_tiles(partial, taps, dweight, c * panels + o, zero)
     end()
+    if splits == 1:
+        for c in range(blocks):
+            add_tiles(partial, taps, dweight, c, o0, o1, zero)
 
 
 @parallel
 def add_gradients(job, worker, partial, taps, dweight, zero):
-    add_tiles(partial, taps, dweight, job, zero)
+    add_tiles(partial, taps, dweight, job, 0, (dweight.shape[2] + 31) // 32, zero)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -477,7 +480,7 @@ def weight_products(plan, x, dout, dweight, area):
         zero, numbers,
     )  # fmt: skip
     if units[0] > 1:
-        add_gradients(-(-C // 32) * -(-O // 32), partial, plan.back, dweight, zero)
+        add_gradients(-(-C // 32), partial, plan.back, dweight, zero)
     return np.ascontiguousarray(sums.sum(0)[:, :O])
 
 

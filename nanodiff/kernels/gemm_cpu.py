@@ -15,10 +15,11 @@ import numpy as np
 
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
-from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, make_product, shift
+from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, WIDE, at, make_product, shift
 
-product = make_product(ROWS)
-product_t = make_product(ROWS_T, transposed=True)
+product, products = make_product(ROWS), make_product(ROWS, panels=WIDE)
+product_t, products_t = (make_product(ROWS_T, transposed=True, panels=n) for n in (1, WIDE))
+WINDOWS = 1 << 17  # floats of windows gathered at a time: a quarter of a 2 MB L2 cache
 PIXELS = 96  # rows summed at a time in a weight gradient: their windows and gradients stay in the cache
 WROWS = 64  # rows of the weight gradient that one job owns
 
@@ -95,45 +96,54 @@ def gather(x, taps, window, row, n, width, area, offset, grid, scale, first, dep
                 y, b = 0, b + 1
 
 
-@parallel
+@parallel(flags={"contract"})
 def windows_product(job, worker, x, weight, bias, residual, out, taps, geometry, scratch, block, groups):
     """out[pixel] = bias + residual[pixel] + window(pixel) @ weight.
 
-    A job makes `block` rows of one of `groups` groups of panels.
+    A job makes `block` rows of one of `groups` groups of panels: in place where the rows are those of `out`
+    and whole tiles, else in scratch memory.
     """
     rows, width, area, scale, grid, oy, ox, plain = geometry
     P, T, C, _ = weight.shape
     depth, O = T * C, out.shape[3]
     OH, OW = out.shape[1], out.shape[2]
-    flat, result = x.reshape(-1, C), out.reshape(-1, O)
-    window = scratch[worker, ROWS * PANEL :].reshape(ROWS, depth)
-    tile = scratch[worker, : ROWS * PANEL].reshape(ROWS, PANEL)
     r0, group = job // groups * block, job % groups
-    for r in range(r0, min(r0 + block, rows), ROWS):
-        n = min(ROWS, rows - r)
-        direct = plain and n == ROWS  # one tap, no border: the rows of x are the windows
-        if not direct:
-            window[n:, :] = 0
-            gather(x, taps, window, r, n, width, area, (oy, ox), grid, scale, 0, depth)
-        for p in range(group * P // groups, (group + 1) * P // groups):
-            wide = min(PANEL, O - p * PANEL)
-            for i in range(n):
-                b = (r + i) // area if bias.shape[0] > 1 else 0
-                for q in range(wide):
-                    tile[i, q] = bias[b, p * PANEL + q]
-                if residual.size:
-                    more = residual[r + i, p * PANEL : p * PANEL + wide]
-                    for q in range(wide):
-                        tile[i, q] += more[q]
-            a = at(flat, r * C) if direct else at(window, 0)
-            product(a, depth, at(weight, p * depth * PANEL), PANEL, at(tile, 0), PANEL, depth, 1)
-            for i in range(n):
-                to = r + i
-                if grid > 1:  # the rows are every grid-th pixel of the output
-                    b, y, z = to // area, to % area // width, to % width
-                    to = (b * OH + y * grid + oy) * OW + z * grid + ox
-                for q in range(wide):
-                    result[to, p * PANEL + q] = tile[i, q]
+    n, p0, p1 = min(block, rows - r0), group * P // groups, (group + 1) * P // groups
+    flat, result = x.reshape(-1, C), out.reshape(-1, O)
+    window = scratch[worker, : block * depth].reshape(block, depth)
+    tile = scratch[worker, block * depth :].reshape(block, P * PANEL)
+    if plain and n % ROWS == 0:  # one tap, no border: the rows of x are the windows
+        a = at(flat, r0 * C)
+    else:
+        a = at(window, 0)
+        gather(x, taps, window, r0, n, width, area, (oy, ox), grid, scale, 0, depth)
+        window[n:, :] = 0
+    here = (grid == 1) & (O % PANEL == 0) & (n % ROWS == 0)
+    sums = result[r0:] if here else tile
+    o0, o1, ldo = p0 * PANEL, min(O, p1 * PANEL), sums.shape[1]
+    for i in range(n):
+        start = bias[(r0 + i) // area if bias.shape[0] > 1 else 0]
+        for o in range(o0, o1):
+            sums[i, o] = start[o]
+        if residual.size:
+            for o in range(o0, o1):
+                sums[i, o] += residual[r0 + i, o]
+    for p in range(p0, p1, WIDE):
+        w = at(weight, p * depth * PANEL)
+        for r in range(0, n, ROWS):
+            to = at(sums, r * ldo + p * PANEL)
+            if p + WIDE <= p1:
+                products(shift(a, r * depth), depth, w, PANEL, to, ldo, depth, 1, depth * PANEL, PANEL)
+            else:
+                product(shift(a, r * depth), depth, w, PANEL, to, ldo, depth, 1)
+    if not here:
+        for i in range(n):
+            to_row = r0 + i
+            if grid > 1:  # the rows are every grid-th pixel of the output
+                b, y, z = to_row // area, to_row % area // width, to_row % width
+                to_row = (b * OH + y * grid + oy) * OW + z * grid + ox
+            for o in range(o0, o1):
+                result[to_row, o] = tile[i, o]
 
 
 def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0, 0), residual=None):
@@ -147,9 +157,10 @@ def convolve(x, weight, bias, out, taps, width, area, scale=1, grid=1, offset=(0
     rows, threads = x.shape[0] * area, parallel_cpu.threads()
     plain = T == 1 and scale == 1 and grid == 1 and not taps[0, :2].any() and area == x.shape[1] * x.shape[2]
     geometry = np.array([rows, width, area, scale, grid, *offset, plain], np.int64)
-    block = 2 * ROWS if rows < 16 * ROWS * threads else 8 * ROWS
+    most = 2 if rows < 16 * ROWS * threads else 8
+    block = ROWS * max(1, min(most, WINDOWS // (ROWS * T * C)))
     groups = 1 if rows >= 2 * threads * block else min(P, 2 * threads)
-    scratch = empty((threads, ROWS * (PANEL + T * C)))
+    scratch = empty((threads, block * (P * PANEL + T * C)))
     jobs = -(-rows // block) * groups
     more = (out[:0] if residual is None else residual).reshape(-1, out.shape[3])
     windows_product(jobs, x, weight, bias, more, out, taps, geometry, scratch, block, groups)
@@ -184,10 +195,15 @@ def windows_product_t(job, worker, x, dout, taps, geometry, partial, scratch, sp
                     drows[i, o] = flat[r + i, o]
         a, lda = (at(x, r * C + first), C) if plain else (at(window, 0), WROWS)
         d, ldd = (at(dout, r * O), O) if whole else (at(drows, 0), P * PANEL)
-        for p in range(P):
+        add = int(r > r0)
+        for p in range(0, P, WIDE):
+            b = shift(d, p * PANEL)
             for c in range(0, high, ROWS_T):
                 target = at(partial, ((split * P + p) * R + first + c) * PANEL)
-                product_t(shift(a, c), lda, shift(d, p * PANEL), ldd, target, PANEL, n, 0 if r == r0 else 1)
+                if p + WIDE <= P:
+                    products_t(shift(a, c), lda, b, ldd, target, PANEL, n, add, PANEL, R * PANEL)
+                else:
+                    product_t(shift(a, c), lda, b, ldd, target, PANEL, n, add)
 
 
 @parallel

@@ -338,7 +338,7 @@ def zero_run(typingctx, address):
 
 
 def _over_run(first, combine):
-    """A reduction of n floats (a multiple of 16) at p, lane by lane, then over the lanes in order.
+    """A reduction of n floats (a multiple of 16) at p, lane by lane, then over the lanes, in a fixed order.
 
     first(b, value, x): of a vector, its address to write to, and the number x; combine(b, total, value)."""
 
@@ -356,11 +356,15 @@ def _over_run(first, combine):
                 here = _at(b, p, i)
                 v = first(_Vector(b, _load(b, here)), _Vector(b, _splat(b, x)), here)
                 b.store(combine(_Vector(b, b.load(total)), v).value, total)
-            lanes = b.load(total)
-            out = _Vector(b, b.extract_element(lanes, ir.Constant(I32, 0)))
-            for i in range(1, VECTOR):
-                out = combine(out, _Vector(b, b.extract_element(lanes, ir.Constant(I32, i))))
-            return out.value
+            lanes, width = b.load(total), VECTOR
+            while width > 1:  # the upper half onto the lower
+                width //= 2
+                halves = (
+                    ir.Constant(ir.VectorType(I32, width), [*range(at, at + width)]) for at in (0, width)
+                )
+                low, high = (_Vector(b, b.shuffle_vector(lanes, lanes, half)) for half in halves)
+                lanes = combine(low, high).value
+            return b.extract_element(lanes, ir.Constant(I32, 0))
 
         return types.float32(pointer, types.intp, types.float32), codegen
 
