@@ -19,7 +19,7 @@ from pathlib import Path
 # What a setting left at None becomes, by the name of the data; "other" fills what a set leaves open.
 PRESETS = {
     "glyphs": dict(steps=1500, channels=(16, 32, 64), layers=1, lr=2e-3),
-    "mnist": dict(steps=4600, channels=(16, 64, 128), layers=1, attention=0, lr=1.5e-3),
+    "mnist": dict(steps=7200, channels=(32, 64, 128), layers=1, attention=1, lr=1.5e-3),
     "cifar10": dict(steps=100_000, batch=64, channels=(64, 128, 256), lr=3e-4, ema=0.9995),
     "other": dict(
         steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, attention=1, lr=5e-4, ema=0.999

@@ -85,9 +85,11 @@ def _plan(B, size, out, stride, classes, target):
             inside = (v >= 0) & (v < size[0]) & (w >= 0) & (w < size[1])
             rows = np.arange(B)[:, None, None] * size[0] * size[1] + np.where(inside, v * size[1] + w, 0)
             source[i, j, : B * R * P] = np.where(inside, rows, -1).ravel()
-    # tiles side by side, or where the width allows, none that holds a position between two rows
-    if out[1] % 16 == 0:
-        first = (np.arange(B)[:, None, None] * R + np.arange(out[0])[:, None]) * P + np.arange(0, out[1], 16)
+    # tiles of 16 positions end to end, or where an image is so wide, along its rows: the last ends with the
+    # row
+    if out[1] >= 16:
+        within = np.minimum(np.arange(0, out[1], 16), out[1] - 16)
+        first = (np.arange(B)[:, None, None] * R + np.arange(out[0])[:, None]) * P + within
     else:
         first = np.arange(0, n, 16)
     starts = np.append(first, first.flat[-1:].repeat(first.size % 2)).astype(np.int32)
@@ -199,44 +201,31 @@ def line_products(
                         at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
                     )  # fmt: skip
                     continue
-                for i in range(
-                    32
-                ):  # from bias again, so that it is the same sum, to be added to or picked from
-                    row = rows[k, t * 16 + i]
-                    b = (row // area if many else 0) * O
-                    for half in range(2):
-                        c, s = o * 32 + 16 * half, sums + (i // 16 * 2 + half) * 256 + i % 16 * 16
-                        if (row >= 0) & (c + 16 <= O):
-                            add_runs(at(bias, b + c), none, none, at(scratch, s))
-                        else:
-                            for j in range(16):
-                                inside = (row >= 0) & (c + j < O)
-                                scratch[worker, s - frame + j] = (
-                                    bias[b // O, c + j] if inside else np.float32(0)
-                                )
-                c0 = at(scratch, sums)
+                # into scratch memory, from bias again so that it is the same sum, to be added to or picked
+                # from
+                c0, low, high = at(scratch, sums), bias.shape[0], -1
                 c1 = shift(c0, 512)
+                for i in range(32):
+                    row = rows[k, t * 16 + i]
+                    if row >= 0:
+                        b = row // area if many else 0
+                        low, high = min(low, b), max(high, b)
+                b0, b1, repeat, half = c0, c1, 16, 256
+                if (low == high) & (o * 32 + 32 <= O):
+                    b0 = at(bias, low * O + o * 32)
+                    b1, repeat, half = b0, 0, 16
+                else:
+                    for i in range(1024):
+                        row, c = (
+                            rows[k, t * 16 + i // 512 * 16 + i // 16 % 16],
+                            o * 32 + i // 256 % 2 * 16 + i % 16,
+                        )
+                        inside, b = (row >= 0) & (c < O), row // area if many else 0
+                        scratch[worker, sums - frame + i] = bias[b, c] if inside else np.float32(0)
                 tile_product(
-                    a,
-                    places,
-                    32,
-                    16,
-                    a_half,
-                    panel,
-                    STEP,
-                    16,
-                    256,
-                    512,
-                    c0,
-                    c1,
-                    16,
-                    256,
-                    c0,
-                    c1,
-                    16,
-                    256,
-                    depth,
-                )
+                    a, places, 32, 16, a_half, panel, STEP, 16, 256, 512,
+                    b0, b1, repeat, half, c0, c1, 16, 256, depth,
+                )  # fmt: skip
                 for i in range(32):
                     row = rows[k, t * 16 + i]
                     for half in range(2):
