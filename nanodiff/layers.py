@@ -65,8 +65,9 @@ class Conv2d(Layer):
         self.stride, self.pad = stride, pad or (K // 2, K // 2)
         self.weight, self.bias = self.weights(name, (K, K, C, O), K * K * C, K * K * O, zero)
 
-    def forward(self, x, emb=None, residual=None):  # (B,H,W,C), (B,O), (B,Ho,Wo,O) -> (B,Ho,Wo,O)
-        self.save(x)
+    def forward(self, x, emb=None, residual=None, again=None):  # (B,H,W,C), (B,O), (B,Ho,Wo,O) -> (B,Ho,Wo,O)
+        """again: a function that makes x again when the backward needs it, so that x need not be kept."""
+        self.save(again or x)
         weight = self._prepared(*x.shape[1:3])
         return self.k.conv_forward(x, weight, self.bias.data, self.stride, self.pad, emb, residual)
 
@@ -80,6 +81,7 @@ class Conv2d(Layer):
 
     def backward(self, dout):  # -> dx, demb
         (x,) = self.saved()
+        x = x() if callable(x) else x
         return self.k.conv_backward(
             dout, x, self.weight.data, self.stride, self.pad, self.weight.grad, self.bias.grad
         )
@@ -100,6 +102,12 @@ class GroupNorm(Layer):
         )
         self.save(x, mean, rstd)
         return out
+
+    def again(self):
+        """The output of the last forward once more: half of its work, and no memory until the backward."""
+        x, mean, rstd = self._stack[-1]
+        weight, bias = self.weight.data, self.bias.data
+        return self.k.groupnorm_again(x, mean, rstd, weight, bias, self.groups, self.silu)
 
     def backward(self, dout, residual=None):  # residual: a gradient that reached x by another way
         x, mean, rstd = self.saved()

@@ -186,11 +186,11 @@ class ResBlock:
     def forward(self, x, emb):  # (B,H,W,C), (B,D) -> (B,H,W,O)
         h = self.norm1.forward(x)
         e = self.time_emb_proj.forward(emb)
-        h = self.conv1.forward(h, e)
+        h = self.conv1.forward(h, e, again=self.norm1.again)
         h = self.norm2.forward(h)
         h = self.dropout.forward(h)
         r = self.shortcut.forward(x) if self.shortcut else x
-        return self.conv2.forward(h, residual=r)
+        return self.conv2.forward(h, residual=r, again=None if self.dropout.rate else self.norm2.again)
 
     def backward(self, dout):  # -> dx, demb
         dr = self.shortcut.backward(dout)[0] if self.shortcut else dout
@@ -318,7 +318,7 @@ class UNet:
             h = up.forward(h) if up else h
         assert not skips
         h = self.norm_out.forward(h)
-        return self.conv_out.forward(h)
+        return self.conv_out.forward(h, again=self.norm_out.again)
 
     def backward(self, dout):
         """The gradient of x from that of the last forward's output; adds into params.grad."""

@@ -113,6 +113,27 @@ def test_every_vector_width(widths, width, amx):
     assert finish(widths[width, amx]) == "ok"
 
 
+DIRECT = """
+import json
+import numpy as np
+from nanodiff.testing import CASES, run
+
+dims = dict(B=2, H=12, W=12, C=64, O=64, K=3, stride=1, pad=(1, 1), plus="")
+errors = []
+for op in ("conv_forward", "conv_backward"):
+    arguments = CASES[op].arguments(dims)
+    want, got = run("ref", op, arguments, np.float64), run("cpu", op, arguments)
+    errors += [float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in zip(want, got)]
+print(json.dumps(max(errors)))
+"""
+
+
+def test_direct_convolution():
+    """The fast methods cost a digit (bench/accuracy.py); who needs it back says NANODIFF_CONV=direct."""
+    fast, direct = start(DIRECT), start(DIRECT, NANODIFF_CONV="direct")
+    assert finish(direct) < 1e-6 < finish(fast) < 1e-5
+
+
 LINEAR = """
 import json
 import numpy as np

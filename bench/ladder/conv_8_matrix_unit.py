@@ -6,10 +6,9 @@ so every value is split into two, x = hi + lo, and a product becomes three: hi h
 a direct one again; the code is in nanodiff/kernels/tiles_cpu.py and amx_cpu.py.
 
 Prediction. A tile product is 16 * 16 * 32 multiply-adds in 16 cycles: 512 in a cycle against the 32 of two
-vector units, 16 times the rate. Three products for one leave 16 / 3 = 5.3, or 341 FLOP in a cycle, and the
-zeros between image rows of 32 take 6 % of that. Winograd in vectors could reach 4 * 64 = 256 without
-transforms and memory, but has both. So: at least 1.25 times step 7, and more as far as step 7 is from its
-ideal. Two hardware threads of one core share one matrix unit.
+vector units, 16 times the rate. Three products for one leave 16 / 3 = 5.3, or 341 FLOP in a cycle. Winograd
+in vectors could reach 4 * 64 = 256 without transforms and memory, but has both. So: at least 1.3 times
+step 7, and more as far as step 7 is from its ideal. Two hardware threads of one core share one matrix unit.
 
 What limits it next: the tile products, and to split x and fetch operands as fast as the unit takes them.
 """

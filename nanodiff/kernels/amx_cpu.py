@@ -5,10 +5,10 @@ One picture covers them all. Lay the pixels of a batch end to end, rows of P pos
 just enough zeros between rows and between images that no window reaches a pixel of another row. A tap of a
 window is then a distance along that line, the same for all pixels:
     out[q] = bias + sum over taps of line[q + distance] @ weight[tap]
-and 16 consecutive positions are the rows of a tile, wherever the images break. Positions that are no output
-pixel are computed and not written: 6 % of 32x32, 27 % of 8x8. A stride s looks at s * s lines, one for each
-remainder of the coordinates divided by s, which a tap names; so does nothing else need to know of strides.
-Gradients:
+and 16 consecutive positions are the rows of a tile, wherever the images break. What is no output pixel is
+computed and not written: 27 % of 8x8; nothing where a row is some whole tiles. A stride s looks at s * s
+lines, one for each remainder of the coordinates divided by s, which a tap names; so does nothing else need to
+know of strides. Gradients:
     dx      the same convolution of dout with turned weights; behind a stride one for each remainder
     dweight[tap] = sum over q of line[q]^T dout[q - distance]: a product along the line
 
@@ -28,9 +28,10 @@ import numpy as np
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel
 from nanodiff.kernels.simd_cpu import at, shift, table_at
-from nanodiff.kernels.tiles_cpu import add_runs, begin, end, split_pair, tile_product, transpose16
+from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, tile_product, transpose16
 
 STEP = 1024  # words of B for one step of tile_product
+NONE, ZERO = np.zeros(0, np.float32), np.zeros(16, np.float32)
 FRAME = 1 << 16  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
 DEEP = 4  # steps of 32 positions for which a weight gradient's operands stay in the L1 cache
 CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a 2 MB L2 cache
@@ -41,10 +42,10 @@ CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a
 class Plan:
     """source[line, q]: the row of x at position q, -1 for zero; taps[k]: (line, distance, tap of the weights)
     of the outputs of class k; span: the largest distance.
-    starts[t]: the position of the first row of tile t, an even number of them; rows[k, 16 t + i]: the row of
-    out that its row i goes to, -1 for none; run[k, t]: the first of them, if all 16 follow one another, else
-    -1. For the weight gradient: target[q]: the row of dout at position q - span; back: (line, span -
-    distance, tap); n: the positions."""
+    starts[t]: the position of the first row of tile t, an even number of them; rows[16 (k tiles + t) + i]:
+    the row of out that its row i goes to, -1 for none; run[k, t]: the first of them, if all 16 follow one
+    another, else -1. For the weight gradient: target[q]: the row of dout at position q - span; back: (line,
+    span - distance, tap); n: the positions."""
 
     source: np.ndarray
     taps: tuple
@@ -85,7 +86,7 @@ def _plan(B, size, out, stride, classes, target):
             inside = (v >= 0) & (v < size[0]) & (w >= 0) & (w < size[1])
             rows = np.arange(B)[:, None, None] * size[0] * size[1] + np.where(inside, v * size[1] + w, 0)
             source[i, j, : B * R * P] = np.where(inside, rows, -1).ravel()
-    # tiles of 16 positions end to end, or where an image is so wide, along its rows: the last ends with the
+    # tiles of 16 positions end to end, or, if images are so wide, along their rows: the last ends with the
     # row
     if out[1] >= 16:
         within = np.minimum(np.arange(0, out[1], 16), out[1] - 16)
@@ -103,14 +104,12 @@ def _plan(B, size, out, stride, classes, target):
             for i, j, tap in members
         ))  # fmt: skip
     rows = targets[:, starts[:, None] + np.arange(16)]
-    rows[:, first.size :] = -1
+    rows[:, first.size :] = -1  # of the tile that makes their number even
     run = np.where((np.diff(rows) == 1).all(2) & (rows[:, :, 0] >= 0), rows[:, :, 0], -1)
     shifted = np.concatenate([np.full(span, -1, np.int32), targets[0], np.full(span + 96, -1, np.int32)])
-    back = np.array([(line, span - distance, tap) for line, distance, tap in taps[0]], np.int64).reshape(
-        -1, 3
-    )
-    source, rows = source.reshape(stride * stride, -1), rows.reshape(len(rows), -1)
-    return Plan(source, tuple(taps), span, starts, rows, run, shifted, back, n)
+    back = np.array([(line, span - distance, tap) for line, distance, tap in taps[0]], np.int64)
+    lines = source.reshape(stride * stride, -1)
+    return Plan(lines, tuple(taps), span, starts, rows.ravel(), run, shifted, back.reshape(-1, 3), n)
 
 
 @functools.lru_cache(maxsize=256)
@@ -148,36 +147,57 @@ def _padded(x):  # (rows, C) -> (rows, C16), C16 a multiple of 16
     return np.pad(x, ((0, 0), (0, more))) if more else x
 
 
+@njit
+def only_image(rows, first, area):
+    """The image that all outputs among rows[first : first + 32] belong to, or -1."""
+    low, high = 1 << 30, -1
+    for i in range(first, first + 32):
+        if rows[i] >= 0:
+            low, high = min(low, rows[i] // area), max(high, rows[i] // area)
+    return low if low == high else -1
+
+
+@njit
+def bias_tiles(flat, sums, rows, first, o, bias, area):
+    """Four tiles at flat[sums:] = the bias of each of the outputs rows[first : first + 32], 32 channels from
+    o on."""
+    for i in range(1024):
+        row, c = rows[first + i // 512 * 16 + i // 16 % 16], o + i // 256 % 2 * 16 + i % 16
+        b = row // area if bias.shape[0] > 1 else 0
+        flat[sums + i] = bias[b, c] if (row >= 0) & (c < bias.shape[1]) else np.float32(0)
+
+
+@njit
+def write_tiles(flat, sums, rows, first, o, residual, out):
+    """What is an output in four tiles, plus residual, into out."""
+    O, plus = out.shape[1], residual.size > 0
+    for i in range(32):
+        row = rows[first + i]
+        for half in range(2 if row >= 0 else 0):
+            c, s = o + 16 * half, sums + (i // 16 * 2 + half) * TILE + i % 16 * 16
+            if c + 16 <= O:
+                more = at(residual, row * O + c) if plus else at(ZERO, 0)
+                add_runs(at(flat, s), more, at(ZERO, 0), at(out, row * O + c))
+            else:
+                for j in range(O - c):
+                    out[row, c + j] = flat[s + j] + (residual[row * O + c + j] if plus else np.float32(0))
+
+
 @parallel
 def line_products(
-    job,
-    worker,
-    x,
-    source,
-    weight,
-    steps,
-    ends,
-    starts,
-    rows,
-    run,
-    bias,
-    residual,
-    out,
-    scratch,
-    zero,
-    numbers,
+    job, worker, x, source, weight, steps, ends, starts, rows, run, bias, residual, out, scratch, numbers
 ):
     """A job: some of the tiles, one of `groups` groups of output channels. C is a multiple of 16."""
     block, span, length, groups, area = numbers
     (lines, _), C, O, (classes, tiles) = source.shape, x.shape[1], out.shape[1], run.shape
     t0, group, blocks, panels = job // groups * block, job % groups, (C + 31) // 32, (O + 31) // 32
-    t1, q0, frame = min(t0 + block, tiles), starts[t0], worker * scratch.shape[1]
-    sums, none, many = frame + lines * blocks * length * 32, at(zero, 0), bias.shape[0] > 1
+    t1, q0, frame, flat = min(t0 + block, tiles), starts[t0], worker * scratch.shape[1], scratch.reshape(-1)
+    sums, none, many = frame + lines * blocks * length * 32, at(ZERO, 0), bias.shape[0] > 1
     for line in range(lines):
         for i in range(starts[t1 - 1] + 16 + span - q0):
             row = source[line, q0 + i]
             for c in range(blocks):
-                to = at(scratch, frame + ((line * blocks + c) * length + i) * 32)
+                to = at(flat, frame + ((line * blocks + c) * length + i) * 32)
                 first = second = none
                 if row >= 0:
                     first = at(x, row * C + c * 32)
@@ -185,58 +205,34 @@ def line_products(
                         second = shift(first, 16)
                 split_pair(first, second, to, shift(to, 16))
     begin()
+    c0, c1 = at(flat, sums), at(flat, sums + 2 * TILE)
     for k in range(classes):
         depth, places = ends[k + 1] - ends[k], table_at(steps, ends[k])
         for o in range(group * panels // groups, (group + 1) * panels // groups):
-            panel = at(weight, (ends[k] * panels + o * depth) * STEP)
+            panel, whole = at(weight, (ends[k] * panels + o * depth) * STEP), o * 32 + 32 <= O
             for t in range(t0, t1, 2):
-                a, a_half = at(scratch, frame + (starts[t] - q0) * 32), (starts[t + 1] - starts[t]) * 32
-                p, q = run[k, t], run[k, t + 1]
-                i, j = (p // area, q // area) if many else (0, 0)
-                whole = (p >= 0) & (q >= 0) & (o * 32 + 32 <= O) & (residual.size == 0)
-                if whole and not (many and ((p + 15) // area > i or (q + 15) // area > j)):
-                    tile_product(  # from bias to out
-                        a, places, 32, 16, a_half, panel, STEP, 16, 256, 512,
-                        at(bias, i * O + o * 32), at(bias, j * O + o * 32), 0, 16,
-                        at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
-                    )  # fmt: skip
-                    continue
-                # into scratch memory, from bias again so that it is the same sum, to be added to or picked
-                # from
-                c0, low, high = at(scratch, sums), bias.shape[0], -1
-                c1 = shift(c0, 512)
-                for i in range(32):
-                    row = rows[k, t * 16 + i]
-                    if row >= 0:
-                        b = row // area if many else 0
-                        low, high = min(low, b), max(high, b)
-                b0, b1, repeat, half = c0, c1, 16, 256
-                if (low == high) & (o * 32 + 32 <= O):
-                    b0 = at(bias, low * O + o * 32)
+                a, a_half = at(flat, frame + (starts[t] - q0) * 32), (starts[t + 1] - starts[t]) * 32
+                p, q, first = run[k, t], run[k, t + 1], (k * tiles + t) * 16
+                b = only_image(rows, first, area) if many else 0
+                # sums begin at the bias, one row of it if that serves all
+                b0, b1, repeat, half = c0, c1, 16, TILE
+                if whole & (b >= 0):
+                    b0 = at(bias, b * O + o * 32)
                     b1, repeat, half = b0, 0, 16
                 else:
-                    for i in range(1024):
-                        row, c = (
-                            rows[k, t * 16 + i // 512 * 16 + i // 16 % 16],
-                            o * 32 + i // 256 % 2 * 16 + i % 16,
-                        )
-                        inside, b = (row >= 0) & (c < O), row // area if many else 0
-                        scratch[worker, sums - frame + i] = bias[b, c] if inside else np.float32(0)
-                tile_product(
-                    a, places, 32, 16, a_half, panel, STEP, 16, 256, 512,
-                    b0, b1, repeat, half, c0, c1, 16, 256, depth,
-                )  # fmt: skip
-                for i in range(32):
-                    row = rows[k, t * 16 + i]
-                    for half in range(2):
-                        c, s = o * 32 + 16 * half, sums + (i // 16 * 2 + half) * 256 + i % 16 * 16
-                        if (row >= 0) & (c + 16 <= O):
-                            more = at(residual, row * O + c) if residual.size else none
-                            add_runs(at(scratch, s), more, none, at(out, row * O + c))
-                        elif row >= 0:
-                            for j in range(O - c):
-                                more_j = residual[row * O + c + j] if residual.size else np.float32(0)
-                                out[row, c + j] = scratch[worker, s - frame + j] + more_j
+                    bias_tiles(flat, sums, rows, first, o * 32, bias, area)
+                # and go straight to out, unless there is something to add or to leave out
+                if whole & (p >= 0) & (q >= 0) & (residual.size == 0):
+                    tile_product(
+                        a, places, 32, 16, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
+                        at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
+                    )  # fmt: skip
+                else:
+                    tile_product(
+                        a, places, 32, 16, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
+                        c0, c1, 16, TILE, depth,
+                    )  # fmt: skip
+                    write_tiles(flat, sums, rows, first, o * 32, residual, out)
     end()
 
 
@@ -266,10 +262,6 @@ def _layout(plan, C, O, area, threads):
     return count * groups, lines * blocks * length * 32, np.array(steps + [0], np.int64), ends, numbers
 
 
-NONE = np.zeros(0, np.float32)
-ZERO = np.zeros(16, np.float32)
-
-
 def products(plan, x, weight, bias, out, residual=None):
     """Fill out (rows, O) by a plan. x (rows, C), weight as made by tile_weights, bias (1 or B, O)."""
     x, threads = _padded(x), parallel_cpu.threads()
@@ -279,7 +271,7 @@ def products(plan, x, weight, bias, out, residual=None):
     more = NONE if residual is None else residual.reshape(-1)
     line_products(
         jobs, x, plan.source, weight, steps, ends, plan.starts, plan.rows, plan.run, bias, more, out,
-        empty((threads, words + 1024)), ZERO, numbers,
+        empty((threads, words + 1024)), numbers,
     )  # fmt: skip
 
 
@@ -359,9 +351,8 @@ def add_tiles(partial, taps, dweight, c, o0, o1, zero):
                         add_runs(sums, at(dweight, run), at(zero, 0), at(dweight, run))
                     else:
                         for j in range(O - 16 * o):
-                            dweight[taps[t, 2], 32 * c + i, 16 * o + j] += partial[
-                                split, s // STEP, s % STEP + j
-                            ]
+                            part = partial[split, s // STEP, s % STEP + j]
+                            dweight[taps[t, 2], 32 * c + i, 16 * o + j] += part
 
 
 @parallel

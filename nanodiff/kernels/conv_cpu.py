@@ -8,7 +8,7 @@ import numpy as np
 
 from nanodiff.kernels import amx_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
-from nanodiff.kernels.parallel_cpu import AMX, empty
+from nanodiff.kernels.parallel_cpu import AMX, DIRECT, empty
 from nanodiff.kernels.simd_cpu import PANEL
 from nanodiff.kernels.winograd_cpu import transformed_weights, winograd, winograd_weight_gradient
 
@@ -20,7 +20,7 @@ def uses_winograd(shape, H, W, stride, pad):
     there."""
     kh, kw, C, O = shape
     same = (kh, kw, stride, *pad) == (3, 3, 1, 1, 1)
-    return same and C % PANEL == 0 and O % PANEL == 0 and min(H, W) >= 6
+    return same and C % PANEL == 0 and O % PANEL == 0 and min(H, W) >= 6 and not DIRECT
 
 
 def _taps(kh, kw):
@@ -28,8 +28,9 @@ def _taps(kh, kw):
 
 
 def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
-    """Winograd-transformed weights (O/16, 36, C, 16), or packed ones (O/16, kh, kw, C, 16), for images of H x
-    W."""
+    """The weights as the method that this machine takes for images of H x W reads them: tiles of bfloat16
+    pairs (O/32, C/32, kh, kw, 1024), Winograd-transformed (O/16, 36, C+1, 16), or packed (O/16, kh, kw, C,
+    16)."""
     kh, kw, C, O = weight.shape
     if AMX:
         plan = amx_cpu.forward_plan(1, H, W, kh, kw, stride, tuple(pad))

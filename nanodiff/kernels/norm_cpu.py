@@ -13,7 +13,7 @@ from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, parallel
 from nanodiff.kernels.simd_cpu import at, make_rows, sigmoid, table_at
 
-__all__ = ["groupnorm_forward", "groupnorm_backward"]
+__all__ = ["groupnorm_forward", "groupnorm_again", "groupnorm_backward"]
 
 f32 = np.float32
 ROWS = 16  # pixels that a pass takes at a time, so that it reads them in the order of memory
@@ -104,6 +104,25 @@ def forward(job, worker, x, weight, bias, out, mean, rstd, eps, silu, blocks, sc
 
 
 @parallel
+def again(job, worker, x, mean, rstd, weight, bias, out, silu, scratch, tables):
+    """The second half of `forward`: one image."""
+    (_, N, C), G = x.shape, mean.shape[1]
+    for c in range(C):
+        g = c // (C // G)
+        scratch[worker, 0, c] = mean[job, g]
+        scratch[worker, 1, c] = rstd[job, g] * weight[c]
+        scratch[worker, 2, c] = bias[c]
+    tables[worker, 0] = x.ctypes.data + job * N * C * 4
+    tables[worker, 1] = out.ctypes.data + job * N * C * 4
+    table, constants = table_at(tables, worker * 4), at(scratch, worker * 3 * C)
+    for r in range(0, N, ROWS):
+        if silu:
+            pass_silu(table, r, min(r + ROWS, N), C, C, constants, constants, C)
+        else:
+            pass_affine(table, r, min(r + ROWS, N), C, C, constants, constants, C)
+
+
+@parallel
 def backward(
     job, worker, dout, x, mean, rstd, weight, bias, silu, residual, dx, dparams, blocks, scratch, tables
 ):
@@ -171,6 +190,14 @@ def groupnorm_forward(x, weight, bias, groups, eps, silu):
         tables,
     )  # fmt: skip
     return out, mean, rstd
+
+
+def groupnorm_again(x, mean, rstd, weight, bias, groups, silu):
+    B, C, threads = x.shape[0], x.shape[-1], parallel_cpu.threads()
+    rows, out = x.reshape(B, -1, C), empty(x.shape)
+    scratch, tables = empty((threads, 3, C)), empty((threads, 4), np.int64)
+    again(B, rows, mean, rstd, weight, bias, out.reshape(rows.shape), int(silu), scratch, tables)
+    return out
 
 
 def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):

@@ -4,7 +4,7 @@ import numpy as np
 
 from nanodiff.kernels.pointwise_ref import sigmoid
 
-__all__ = ["groupnorm_forward", "groupnorm_backward"]
+__all__ = ["groupnorm_forward", "groupnorm_again", "groupnorm_backward"]
 
 
 def groupnorm_forward(x, weight, bias, groups, eps, silu):  # (B,H,W,C) -> (B,H,W,C), mean (B,G), rstd (B,G)
@@ -16,8 +16,13 @@ def groupnorm_forward(x, weight, bias, groups, eps, silu):  # (B,H,W,C) -> (B,H,
     split = x.reshape(B, -1, groups, C // groups)
     mean = split.mean((1, 3))
     rstd = 1 / np.sqrt(split.var((1, 3)) + eps)
+    return groupnorm_again(x, mean, rstd, weight, bias, groups, silu), mean, rstd
+
+
+def groupnorm_again(x, mean, rstd, weight, bias, groups, silu):  # -> (B,H,W,C)
+    """The output of groupnorm_forward from what it returned: to be made again rather than kept."""
     y = _normalised(x, mean, rstd) * weight + bias
-    return (y * sigmoid(y) if silu else y), mean, rstd
+    return y * sigmoid(y) if silu else y
 
 
 def _normalised(x, mean, rstd):

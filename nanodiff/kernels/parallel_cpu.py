@@ -50,11 +50,19 @@ def _vector_width():
 VECTOR = _vector_width()
 
 
+# NANODIFF_CONV=direct: plain float32 sums, without the matrix unit and without Winograd; slower, more precise
+if os.environ.get("NANODIFF_CONV", "") not in ("", "direct"):
+    raise ValueError(f"NANODIFF_CONV = {os.environ['NANODIFF_CONV']!r}: must be direct, or not set")
+DIRECT = os.environ.get("NANODIFF_CONV") == "direct"
+
+
 def _matrix_unit():
     """Of AMX (tiles_cpu.py): 1 where Linux lets this process use it, 2 to emulate it, 0 to do without."""
     wanted, features = os.environ.get("NANODIFF_AMX", ""), llvm.get_host_cpu_features()
     if wanted not in ("", "0", "emulate"):
         raise ValueError(f"NANODIFF_AMX = {wanted!r}: must be 0 (do without AMX) or emulate, or not set")
+    if DIRECT:
+        return 0
     here = VECTOR == 16 and features.get("amx-tile") and features.get("amx-bf16")
     if wanted or not here or not sys.platform.startswith("linux"):
         return 2 * (wanted == "emulate")
