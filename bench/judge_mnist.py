@@ -150,8 +150,12 @@ def generate(folder, args):
     def sample(sampler, count, **options):
         parts, begin = [], time.perf_counter()
         for first in range(0, count, 64):
-            shape = (min(64, count - first), *run.shape)
-            parts.append(sampler(run.model, run.diffusion, shape, seed=args.seed, first=first, **options))
+            shape, classes = (min(64, count - first), *run.shape), run.model.config.num_class_embeds
+            labels = (
+                np.arange(first, first + shape[0]) % classes if classes else None
+            )  # as nanodiff sample does
+            options |= dict(seed=args.seed, first=first, labels=labels)
+            parts.append(sampler(run.model, run.diffusion, shape, **options))
             print(f"{first + shape[0]} of {count}, {time.perf_counter() - begin:.0f} s", file=sys.stderr)
         return np.concatenate(parts)
 

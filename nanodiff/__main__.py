@@ -57,6 +57,7 @@ def parser():
     p.add_argument("--eta", type=float, help="ddim: noise put back at each step, 0 to 1 (default: 0)")
     p.add_argument("--count", type=int, default=64, help="images (default: %(default)s)")
     p.add_argument("--batch", type=int, default=16, help="images at a time (default: %(default)s)")
+    p.add_argument("--label", type=int, help="class of all images, by number (default: all classes in turn)")
     p.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     p.add_argument("--out", default="grid.png", help="a PNG with all images (default: %(default)s)")
     p.add_argument("--gif", help="also a GIF of the first batch, from noise to images")
@@ -113,6 +114,7 @@ def sample(args):
             args.batch,
             frames,
             bar.update,
+            args.label,
             **options,
         )
     save_png(args.out, grid(images, scale=zoom(run.shape)))

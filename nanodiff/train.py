@@ -19,10 +19,17 @@ from pathlib import Path
 # What a setting left at None becomes, by the name of the data; "other" fills what a set leaves open.
 PRESETS = {
     "glyphs": dict(steps=1500, channels=(16, 32, 64), layers=1, lr=2e-3),
-    "mnist": dict(steps=7200, channels=(32, 64, 128), layers=1, attention=1, lr=1.5e-3),
+    "mnist": dict(steps=7000, channels=(32, 64, 128), layers=1, attention=1, lr=1.5e-3, labels=True),
     "cifar10": dict(steps=100_000, batch=64, channels=(64, 128, 256), lr=3e-4, ema=0.9995),
     "other": dict(
-        steps=20_000, batch=32, channels=(32, 64, 128, 128), layers=2, attention=1, lr=5e-4, ema=0.999
+        steps=20_000,
+        batch=32,
+        channels=(32, 64, 128, 128),
+        layers=2,
+        attention=1,
+        lr=5e-4,
+        ema=0.999,
+        labels=False,
     ),
 }
 GROUPS, HEAD = 8, 32  # of every GroupNorm; widest attention head
@@ -70,6 +77,7 @@ class TrainSettings:
     channels: tuple | None = _setting(None, tuple, "widths of the UNet's levels, such as 32,64,128", 1)
     layers: int | None = _setting(None, int, "residual blocks per level", 1)
     attention: int | None = _setting(None, int, "how many of the deepest levels have attention", 0)
+    labels: bool | None = _setting(None, bool, "tell the network the class of every image")
     dropout: float = _setting(0.0, float, "share of activations dropped in residual blocks", 0, 0.95)
     schedule: str = _setting("cosine", str, "of the noise", choices=("cosine", "linear"))
     prediction: str = _setting("v", str, "what the network predicts", choices=("v", "eps", "x0"))
@@ -120,8 +128,8 @@ def _error(text):
     return NanodiffError(text)
 
 
-def unet_config(s, H, W, C):
-    """UNetConfig of a run with settings `s` on images (H, W, C)."""
+def unet_config(s, H, W, C, classes=0):
+    """UNetConfig of a run with settings `s` on images (H, W, C) of so many classes (0: none are told)."""
     from nanodiff.unet import UNetConfig
 
     levels, deep = len(s.channels), s.attention
@@ -138,6 +146,7 @@ def unet_config(s, H, W, C):
         layers_per_block=s.layers, dropout=s.dropout, norm_num_groups=GROUPS, attention_head_dim=head,
         down_block_types=("DownBlock2D",) * (levels - deep) + ("AttnDownBlock2D",) * deep,
         up_block_types=("AttnUpBlock2D",) * deep + ("UpBlock2D",) * (levels - deep),
+        num_class_embeds=classes or None,
     )  # fmt: skip
 
 
@@ -179,10 +188,11 @@ def train_step(model, opt, diff, x0, labels=None, key=None, lr=None):
 
 
 def sample_images(
-    model, diff, shape, count, sampler="ddim", batch=PREVIEWS, frames=None, tick=None, **options
+    model, diff, shape, count, sampler="ddim", batch=PREVIEWS, frames=None, tick=None, label=None, **options
 ):
     """`count` images of `shape` (H, W, C), drawn `batch` at a time; how many at a time changes none of them.
 
+    label     class of all images, for a network with classes; None: sample k is of class k mod their number
     options   what ddim_sample or ddpm_sample take: steps, eta, seed, ...
     frames    a list: gets uint8 grids of the first batch on its way from noise to image, about 50
     tick      called after each step of each batch
@@ -202,9 +212,15 @@ def sample_images(
         if frames is not None and not images and (i % math.ceil(n / 50) == 0 or i == n - 1):
             frames.append(grid(x, scale=zoom(shape)))
 
+    classes = getattr(getattr(model, "config", None), "num_class_embeds", None)
+    if label is not None and not (classes and 0 <= label < classes):
+        limit = f"from 0 to {classes - 1}" if classes else "left out: the network was trained without classes"
+        raise _error(f"label = {label}: must be {limit}")
     images, draw = [], getattr(samplers, f"{sampler}_sample")
     for first in range(0, count, batch):
         B = min(batch, count - first)
+        if classes:
+            options["labels"] = np.arange(first, first + B) % classes if label is None else np.full(B, label)
         images.append(draw(model, diff, (B, *shape), first=first, callback=watch, **options))
     return np.concatenate(images)
 
@@ -263,7 +279,12 @@ def train(settings=None):
     source = data.load_data(s.data, size=s.size)
     s = s.for_data(source.name)
     N, *shape = source.images.shape
-    model = UNet(unet_config(s, *shape), device=s.device, seed=s.seed)
+    if s.labels and source.labels is None:
+        if settings.labels:
+            raise _error(f"labels = True: {s.data} has no labels to tell the network; use --no-labels")
+        s = replace(s, labels=False)
+    told = int(source.labels.max()) + 1 if s.labels else 0
+    model = UNet(unet_config(s, *shape, told), device=s.device, seed=s.seed)
     opt = optim.Adam(model.params, lr=s.lr, clip=s.clip or None, ema=s.ema or None)
     diff = Diffusion(s.timesteps, s.schedule, s.prediction)
     views = [contextlib.nullcontext, opt.with_ema][: 2 if s.ema else 1]  # raw weights, averaged ones
@@ -306,10 +327,11 @@ def train(settings=None):
         ):
             while step < s.steps and not asked:
                 start = time.perf_counter()
-                x0 = source.images[data.batch_indices(N, s.batch, step, s.seed)]
+                chosen = data.batch_indices(N, s.batch, step, s.seed)
+                x0, labels = source.images[chosen], source.labels[chosen] if s.labels else None
                 x0 = data.to_float(data.flip(x0, s.seed, step) if s.flip else x0)
                 lr = optim.learning_rate(step, s.steps, s.lr, s.warmup, s.decay)
-                loss = train_step(model, opt, diff, x0, key=(s.seed, step), lr=lr)
+                loss = train_step(model, opt, diff, x0, labels, key=(s.seed, step), lr=lr)
                 step += 1
                 bar.update()
                 window.append(loss)

@@ -1,5 +1,6 @@
 """The training loop: the same bits after any break, no bad step kept, nothing of a user's overwritten."""
 
+import functools
 import hashlib
 import json
 import os
@@ -323,3 +324,41 @@ def test_settings_are_normalised():
     assert TrainSettings(steps=7).for_data("never seen").steps == 7
     open_ones = [s.for_data(name) for name in train.PRESETS]
     assert all(getattr(chosen, key) is not None for chosen in open_ones for key in train.PRESETS["other"])
+
+
+def test_a_network_that_is_told_the_classes(tmp_path):
+    """Two classes, black and white: samples of one label and of all in turn, resumed with the same bits."""
+    images = np.repeat(np.array([0, 255], np.uint8), 8)[:, None, None, None] * np.ones((1, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "two.npz", images=images, labels=np.repeat([0, 1], 8))
+    settings = dict(
+        labels=True,
+        channels=(32,),
+        attention=0,
+        dropout=0.0,
+        flip=False,
+        steps=120,
+        batch=8,
+        lr=1e-2,
+        prediction="v",
+    )
+    whole = train.train(tiny(str(tmp_path / "two.npz"), tmp_path / "whole", **settings))
+    train.train(tiny(str(tmp_path / "two.npz"), tmp_path / "parts", **settings | dict(steps=40)))
+    parts = train.train(tiny(str(tmp_path / "two.npz"), tmp_path / "parts", **settings))
+    assert state(whole) == state(parts)
+
+    run = checkpoint.load_run(whole, "ref")
+    assert run.model.config.num_class_embeds == 2
+    draw = functools.partial(train.sample_images, run.model, run.diffusion, run.shape, 4, seed=1, steps=10)
+    black, white, turns = draw(label=0), draw(label=1), draw()
+    assert black.mean() < -0.5 and white.mean() > 0.5
+    assert np.array_equal(turns[::2], black[::2]) and np.array_equal(turns[1::2], white[1::2])
+    with pytest.raises(nd.NanodiffError, match="label = 2: must be from 0 to 1"):
+        draw(label=2)
+
+
+def test_labels_that_are_not_there(make, source):
+    with pytest.raises(nd.NanodiffError, match="labels = True: .* has no labels"):
+        train.train(make(labels=True))
+    run = checkpoint.load_run(train.train(make(steps=5)), "ref")
+    with pytest.raises(nd.NanodiffError, match="label = 0: must be left out"):
+        train.sample_images(run.model, run.diffusion, run.shape, 1, label=0)
