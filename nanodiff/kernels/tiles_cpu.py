@@ -7,7 +7,8 @@ them,
     x = hi + lo,   hi = x rounded to bfloat16,   lo = (x - hi) rounded to bfloat16,
 which keeps 17 bits, and a product of float32 matrices becomes three of bfloat16,
     x w = hi hi + hi lo + lo hi   (+ lo lo, of the size of what was rounded off, dropped).
-Its relative error is about 2.5e-6 RMS, that of Winograd's F(4x4) in float32; sums are in float32 throughout.
+Its relative error is about 4e-6 RMS, next to that of Winograd's F(4x4) in float32; sums are in float32
+throughout.
 
 Memory holds "words" of 32 bits, two bfloat16 each: the values of two neighbours along the sum. A tile of A
 has 16 words in a row (32 values along the sum); a tile of B has a row for each of the same 16 words. Which 32
