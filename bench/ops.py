@@ -58,7 +58,7 @@ def _has(a, name):
     return getattr(a, name, None) is not None
 
 
-# dimensions, as CASES names them, of the arguments of a call: by op, or its name without _forward, _backward
+# dimensions, as CASES names them, of the arguments of a call: by op, or its name without the last word
 DIMENSIONS = {
     "linear": lambda a: dict(
         shape=a.x.shape[:-1], C=a.x.shape[-1], O=a.weight.shape[1], residual=int(_has(a, "residual"))
@@ -89,7 +89,7 @@ DIMENSIONS = {
 
 def dimensions(op, a):
     """A dict of dimensions for CASES[op] from the arguments of a call, by name."""
-    rule = DIMENSIONS.get(op) or DIMENSIONS.get(op.removesuffix("_forward").removesuffix("_backward"))
+    rule = DIMENSIONS.get(op) or DIMENSIONS.get(op.rpartition("_")[0])
     if rule:
         return rule(a)
     if CASES[op].bench.keys() != {"shape"}:

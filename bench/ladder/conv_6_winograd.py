@@ -38,12 +38,12 @@ def transform(tile, worker, x, V, tables, zero):
 
 @parallel
 def multiply(f, worker, V, U, M):
-    """M[f] = V[f] @ U[f]; U is packed in panels of 16 output channels."""
-    (_, T, ldv), (P, _, C, _), ldm = V.shape, U.shape, M.shape[2]
+    """M[f] = V[f] @ U[f]; U is packed in panels of 16 output channels, a row between frequencies unused."""
+    (_, T, ldv), (P, _, rows, _), ldm = V.shape, U.shape, M.shape[2]
     for p in range(P):
         for t in range(0, T, ROWS):
             v, m = at(V, (f * T + t) * ldv), at(M, (f * T + t) * ldm + p * PANEL)
-            product(v, ldv, at(U, (p * 36 + f) * C * PANEL), PANEL, m, ldm, C, 0)
+            product(v, ldv, at(U, (p * 36 + f) * rows * PANEL), PANEL, m, ldm, rows - 1, 0)
 
 
 @parallel
