@@ -47,10 +47,8 @@ def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None)
         B, H, W, C = x.shape
         kh, kw = weight.shape[2:4]
         OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
-        out, plan = (
-            empty((B, OH, OW, bias.shape[1])),
-            amx_cpu.forward_plan(B, H, W, kh, kw, stride, tuple(pad)),
-        )
+        plan = amx_cpu.forward_plan(B, H, W, kh, kw, stride, tuple(pad))
+        out = empty((B, OH, OW, bias.shape[1]))
         amx_cpu.products(plan, x.reshape(-1, C), weight, bias, out.reshape(-1, bias.shape[1]), residual)
         return out
     if weight.ndim == 4:

@@ -21,14 +21,8 @@ def linear_forward(x, weight, bias, residual=None):
     N = rows.shape[2]
     if AMX:
         plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
-        amx_cpu.products(
-            plan,
-            rows[0, 0],
-            amx_cpu.tile_weights(weight[None], plan),
-            bias[None],
-            _as_image(out)[0, 0],
-            residual,
-        )
+        packs, flat = amx_cpu.tile_weights(weight[None], plan), _as_image(out)[0, 0]
+        amx_cpu.products(plan, rows[0, 0], packs, bias[None], flat, residual)
         return out
     convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N, residual=residual)
     return out

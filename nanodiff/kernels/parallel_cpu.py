@@ -292,14 +292,9 @@ def parallel(function=None, *, flags=()):
         co_name=function.__name__, co_qualname=f"launch_{function.__qualname__}",
         co_filename=function.__code__.co_filename, co_firstlineno=function.__code__.co_firstlineno,
     )  # fmt: skip
-    launch = pytypes.FunctionType(
-        code,
-        {
-            "_fork": _fork,
-            "body": numba.njit(function, fastmath=set(flags)),
-            "__name__": function.__module__,
-        },
-    )
+    body = numba.njit(function, fastmath=set(flags))
+    names = {"_fork": _fork, "body": body, "__name__": function.__module__}
+    launch = pytypes.FunctionType(code, names)
     launch.__module__ = function.__module__
     launch = njit(launch, flags=flags)
 
@@ -353,9 +348,8 @@ set_threads(max_threads())
 # ---- memory ----
 _shelf = {}  # bytes -> blocks nobody refers to
 _slab = [np.empty(0, np.uint8), 0]  # memory to cut new blocks from, and where the next one starts
-SLAB = (
-    1 << 26
-)  # bytes: large enough for huge pages, which NumPy asks the system for; a page walk saved per 4 KB
+# bytes: large enough for huge pages, which NumPy asks the system for; they save a page walk every 4 KB
+SLAB = 1 << 26
 
 
 def _cut(size):
@@ -364,10 +358,8 @@ def _cut(size):
     if start + size > memory.size:
         memory = np.empty(max(SLAB, size) + 64, np.uint8)
         start = -memory.ctypes.data % 64
-    _slab[:] = (
-        memory,
-        start + -(-size // 64) * 64 + 64,
-    )  # never two blocks in step: their lines would share sets
+    # a cache line between blocks: never two in step, whose lines would share the sets of the cache
+    _slab[:] = memory, start + -(-size // 64) * 64 + 64
     return memory, memory.ctypes.data + start
 
 
