@@ -75,6 +75,8 @@ DIMENSIONS = {
         G=a.groups, offset=0, silu=int(a.silu), residual=int(_has(a, "residual"))
     ),
     "attention": lambda a: dict(zip("BNC", a.q.shape)) | dict(heads=a.heads, scale=1),
+    "activation": lambda a: dict(shape=a.x.shape, kind=a.kind),
+    "modulate": lambda a: _image(a.x) | dict(kind=a.kind),
     "upsample_backward": lambda a: dict(shape=tuple(n // s for n, s in zip(a.dout.shape, (1, 2, 2, 1)))),
     "concat": lambda a: _image(a.a) | dict(D=a.b.shape[3]),
     "split": lambda a: _image(a.x) | dict(C=a.C, D=a.x.shape[3] - a.C),

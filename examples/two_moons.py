@@ -48,12 +48,12 @@ class MLP:
         h, self.before_silu = k.add(point, self.time.forward(waves)), []
         for layer in self.rest:
             self.before_silu.append(h)
-            h = layer.forward(k.silu_forward(h))
+            h = layer.forward(k.activation_forward(h, "silu"))
         return h
 
     def backward(self, dout):
         for layer in reversed(self.rest):
-            dout = self.ctx.k.silu_backward(layer.backward(dout), self.before_silu.pop())
+            dout = self.ctx.k.activation_backward(layer.backward(dout), self.before_silu.pop(), "silu")
         self.point.backward(dout)  # a sum hands its gradient to both of its terms
         self.time.backward(dout)
 

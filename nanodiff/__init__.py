@@ -14,10 +14,16 @@ _HOME = {
     "NanodiffError": "context",
     "UNet": "unet",
     "UNetConfig": "unet",
+    "bits_per_dim": "metrics",
+    "ddim_invert": "samplers",
     "ddim_sample": "samplers",
     "ddpm_sample": "samplers",
+    "dpm_sample": "samplers",
     "load_data": "data",
+    "load_run": "checkpoint",
+    "sample": "samplers",
     "set_threads": "context",
+    "step_list": "samplers",
     "train_step": "train",
 }
 __all__ = sorted(_HOME)

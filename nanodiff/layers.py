@@ -88,76 +88,119 @@ class Conv2d(Layer):
 
 
 class GroupNorm(Layer):
-    """Group norm; `silu=True` (GroupNormSiLU) puts the activation behind it into the same pass."""
+    """Group norm, then y (1 + scale) + shift where it is handed emb = [scale | shift], then the activation
+    `act` (or None). SiLU right behind the norm is in the same pass (GroupNormSiLU).
+    """
 
-    def __init__(self, net, name, C, groups, eps, silu=True):
+    def __init__(self, net, name, C, groups, eps, act="silu"):
         super().__init__(net)
-        self.groups, self.eps, self.silu = groups, eps, silu
+        self.groups, self.eps, self.act = groups, eps, act
         self.weight = net.params.add(f"{name}.weight", (C,), "one")
         self.bias = net.params.add(f"{name}.bias", (C,), "zero")
 
-    def forward(self, x):  # (B,H,W,C) -> (B,H,W,C)
-        out, mean, rstd = self.k.groupnorm_forward(
-            x, self.weight.data, self.bias.data, self.groups, self.eps, self.silu
+    def _fused(self, emb):
+        return self.act == "silu" and emb is None
+
+    def _behind(self, y, emb):
+        if emb is not None:
+            return self.k.modulate_forward(y, emb, self.act)
+        return y if self.act in (None, "silu") else self.k.activation_forward(y, self.act)
+
+    def forward(self, x, emb=None):  # (B,H,W,C), (B,2C) -> (B,H,W,C)
+        y, mean, rstd = self.k.groupnorm_forward(
+            x, self.weight.data, self.bias.data, self.groups, self.eps, self._fused(emb)
         )
-        self.save(x, mean, rstd)
-        return out
+        self.save(x, mean, rstd, emb)
+        return self._behind(y, emb)
 
     def again(self):
         """The output of the last forward once more: half of its work, and no memory until the backward."""
-        x, mean, rstd = self._stack[-1]
+        x, mean, rstd, emb = self._stack[-1]
         weight, bias = self.weight.data, self.bias.data
-        return self.k.groupnorm_again(x, mean, rstd, weight, bias, self.groups, self.silu)
+        y = self.k.groupnorm_again(x, mean, rstd, weight, bias, self.groups, self._fused(emb))
+        return self._behind(y, emb)
 
-    def backward(self, dout, residual=None):  # residual: a gradient that reached x by another way
-        x, mean, rstd = self.saved()
-        return self.k.groupnorm_backward(
-            dout, x, mean, rstd, self.weight.data, self.bias.data, self.groups, self.silu,
+    def backward(
+        self, dout, residual=None
+    ):  # residual: a gradient that reached x by another way; -> dx, demb
+        x, mean, rstd, emb = self.saved()
+        weight, bias, demb = self.weight.data, self.bias.data, None
+        if emb is not None or self.act not in (None, "silu"):
+            y = self.k.groupnorm_again(x, mean, rstd, weight, bias, self.groups, False)
+            if emb is None:
+                dout = self.k.activation_backward(dout, y, self.act)
+            else:
+                dout, demb = self.k.modulate_backward(dout, y, emb, self.act)
+        dx = self.k.groupnorm_backward(
+            dout, x, mean, rstd, weight, bias, self.groups, self._fused(emb),
             self.weight.grad, self.bias.grad, residual,
         )  # fmt: skip
+        return dx, demb
+
+
+def divided(k, x, divisor):
+    """x / divisor; its backward is the same."""
+    return x if divisor == 1 else k.affine(x, 1 / divisor, 0)
 
 
 class Attention(Layer):
-    """x + to_out(attention(to_q(h), to_k(h), to_v(h))) with h = group norm of x."""
+    """(x + to_out(attention(to_q(h), to_k(h), to_v(h)))) / divisor with h = group norm of x, or x without
+    `groups`. As many heads of width `head` as C has room for."""
 
-    def __init__(self, net, name, C, heads, groups, eps):
+    def __init__(self, net, name, C, head, groups, eps, divisor=1):
         super().__init__(net)
-        self.heads = heads
-        self.norm = GroupNorm(net, f"{name}.group_norm", C, groups, eps, silu=False)
-        self.to_q, self.to_k, self.to_v = (Linear(net, f"{name}.{p}", C, C) for p in ("to_q", "to_k", "to_v"))
-        self.to_out = Linear(net, f"{name}.to_out.0", C, C, zero=True)
+        self.heads, self.divisor, D = C // head, divisor, C // head * head
+        self.norm = GroupNorm(net, f"{name}.group_norm", C, groups, eps, act=None) if groups else None
+        self.to_q, self.to_k, self.to_v = (Linear(net, f"{name}.{p}", C, D) for p in ("to_q", "to_k", "to_v"))
+        self.to_out = Linear(net, f"{name}.to_out.0", D, C, zero=True)
 
     def forward(self, x):  # (B,H,W,C) -> (B,H,W,C)
         B, H, W, C = x.shape
-        h = self.norm.forward(x).reshape(B, H * W, C)
+        h = (self.norm.forward(x) if self.norm else x).reshape(B, H * W, C)
         q, k, v = self.to_q.forward(h), self.to_k.forward(h), self.to_v.forward(h)
         out, lse = self.k.attention_forward(q, k, v, self.heads)
         self.save(q, k, v, out, lse)
-        return self.to_out.forward(out, residual=x.reshape(h.shape)).reshape(x.shape)
+        out = self.to_out.forward(out, residual=x.reshape(h.shape)).reshape(x.shape)
+        return divided(self.k, out, self.divisor)
 
     def backward(self, dout):
         B, H, W, C = dout.shape
+        dout = divided(self.k, dout, self.divisor)
         q, k, v, out, lse = self.saved()
         dh = self.to_out.backward(dout.reshape(B, H * W, C))
         dq, dk, dv = self.k.attention_backward(dh, q, k, v, out, lse, self.heads)
         dh = self.k.add(self.to_q.backward(dq), self.to_k.backward(dk))  # h fed q, k and v
-        dh = self.k.add(dh, self.to_v.backward(dv))
-        return self.norm.backward(dh.reshape(dout.shape), residual=dout)  # x fed the block and the residual
+        dh = self.k.add(dh, self.to_v.backward(dv)).reshape(dout.shape)
+        # x fed the block and the residual
+        return self.norm.backward(dh, residual=dout)[0] if self.norm else self.k.add(dh, dout)
+
+
+def resample(k, x, way):
+    """Twice the size (nearest neighbour; way "up"), half the size (means of 2x2; "down"), or x (None)."""
+    if way == "up":
+        return k.upsample_forward(x)
+    return k.affine(k.upsample_backward(x), 0.25, 0) if way == "down" else x
+
+
+def resample_backward(k, dout, way):
+    if way == "up":
+        return k.upsample_backward(dout)
+    return k.affine(k.upsample_forward(dout), 0.25, 0) if way == "down" else dout
 
 
 class Upsample(Layer):
-    """Nearest neighbour x 2, then a 3x3 convolution."""
+    """Nearest neighbour x 2, then a 3x3 convolution. (Called like a ResBlock, which can take its place.)"""
 
     def __init__(self, net, name, C):
         super().__init__(net)
         self.conv = Conv2d(net, f"{name}.conv", C, C)
 
-    def forward(self, x):  # (B,H,W,C) -> (B,2H,2W,C)
+    def forward(self, x, emb=None):  # (B,H,W,C) -> (B,2H,2W,C)
         return self.conv.forward(self.k.upsample_forward(x))
 
-    def backward(self, dout):
+    def backward(self, dout):  # -> dx, no demb
         dh, _ = self.conv.backward(dout)
-        return self.k.upsample_backward(dh)
+        return self.k.upsample_backward(dh), None
 
 
 class Downsample(Layer):
@@ -168,11 +211,11 @@ class Downsample(Layer):
         super().__init__(net)
         self.conv = Conv2d(net, f"{name}.conv", C, C, stride=2, pad=(padding, padding) if padding else (0, 1))
 
-    def forward(self, x):  # (B,H,W,C) -> (B,H/2,W/2,C)
+    def forward(self, x, emb=None):  # (B,H,W,C) -> (B,H/2,W/2,C)
         return self.conv.forward(x)
 
-    def backward(self, dout):
-        return self.conv.backward(dout)[0]
+    def backward(self, dout):  # -> dx, no demb
+        return self.conv.backward(dout)[0], None
 
 
 class Dropout(Layer):
@@ -194,31 +237,56 @@ class Dropout(Layer):
         return self.k.dropout(dout, self.rate, *self.saved()[0], self.site)
 
 
-class TimeEmbedding(Layer):
-    """silu(linear_2(silu(linear_1(sinusoids of t))) + class embedding): as every block uses it."""
+class Waves(Layer):
+    """linear_2(silu(linear_1(sinusoids of t)))."""
 
-    def __init__(self, net, dim, D, flip_sin_to_cos, freq_shift, classes):
+    def __init__(self, net, name, dim, D, flip_sin_to_cos, freq_shift):
         super().__init__(net)
         self.sinusoids = (dim, flip_sin_to_cos, freq_shift)
-        self.linear_1 = Linear(net, "time_embedding.linear_1", dim, D)
-        self.linear_2 = Linear(net, "time_embedding.linear_2", D, D)
-        # a normal of deviation 1 in other programs; a uniform of the same variance here
-        self.table = net.params.add("class_embedding.weight", (classes, D), math.sqrt(3)) if classes else None
+        self.linear_1 = Linear(net, f"{name}.linear_1", dim, D)
+        self.linear_2 = Linear(net, f"{name}.linear_2", D, D)
 
-    def forward(self, t, labels):  # (B,), (B,) or None -> (B,D)
-        waves = self.k.time_embedding(t, *self.sinusoids, self.ctx.dtype)
-        hidden = self.linear_1.forward(waves)
-        emb = self.linear_2.forward(self.k.silu_forward(hidden))
-        if self.table:
-            emb = self.k.add(emb, self.k.embedding_forward(labels, self.table.data))
-        self.save(hidden, emb, labels)
-        return self.k.silu_forward(emb)
+    def forward(self, t):  # (B,) -> (B,D)
+        hidden = self.linear_1.forward(self.k.time_embedding(t, *self.sinusoids, self.ctx.dtype))
+        self.save(hidden)
+        return self.linear_2.forward(self.k.activation_forward(hidden, "silu"))
+
+    def backward(self, dout):  # t has no gradient
+        (hidden,) = self.saved()
+        self.linear_1.backward(self.k.activation_backward(self.linear_2.backward(dout), hidden, "silu"))
+
+
+class TimeEmbedding(Waves):
+    """act(waves of t + class embedding): as every block uses it.
+
+    classes: None; the rows of a table, where labels are row numbers; "timestep", where they are numbers with
+    waves of their own; or "identity", where they are embeddings, (B,D).
+    """
+
+    def __init__(self, net, dim, D, flip_sin_to_cos, freq_shift, classes=None, act="silu"):
+        super().__init__(net, "time_embedding", dim, D, flip_sin_to_cos, freq_shift)
+        self.classes, self.act, name = classes, act, "class_embedding"
+        if classes == "timestep":
+            self.waves = Waves(net, name, dim, D, flip_sin_to_cos, freq_shift)
+        elif classes and classes != "identity":
+            # a normal of deviation 1 in other programs; a uniform of the same variance here
+            self.table = net.params.add(f"{name}.weight", (classes, D), math.sqrt(3))
+
+    def forward(self, t, labels):  # (B,), (B,) or (B,D) or None -> (B,D)
+        emb = super().forward(t)
+        if self.classes == "timestep":
+            emb = self.k.add(emb, self.waves.forward(labels))
+        elif self.classes:
+            same = self.classes == "identity"
+            emb = self.k.add(emb, labels if same else self.k.embedding_forward(labels, self.table.data))
+        self.save(emb, labels)
+        return self.k.activation_forward(emb, self.act)
 
     def backward(self, dout):
-        hidden, emb, labels = self.saved()
-        demb = self.k.silu_backward(dout, emb)
-        if self.table:
+        emb, labels = self.saved()
+        demb = self.k.activation_backward(dout, emb, self.act)
+        if self.classes == "timestep":
+            self.waves.backward(demb)
+        elif self.classes and self.classes != "identity":
             self.k.embedding_backward(demb, labels, self.table.grad)
-        self.linear_1.backward(
-            self.k.silu_backward(self.linear_2.backward(demb), hidden)
-        )  # t has no gradient
+        super().backward(demb)

@@ -69,12 +69,13 @@ class Case:
 
         if not self.leaves:
             return lambda: self.torch(torch, *arguments)
-        have = dict(eps=EPS, emb=None, residual=None) | dict(zip(_names(op), arguments))
-        dout, residual = have["dout"], have["residual"]
+        have = dict(zip(_names(op), arguments))
+        dout, residual = have["dout"], have.get("residual")
         # what the forward needs and the backward is not handed: only the shapes matter
         have |= {n[1:]: have[n] for n in ("dbias", "dtable") if n in have and n[1:] not in have}
         if dout.ndim == 4:
-            have = {"x": dout[:, ::2, ::2]} | have | {"emb": dout.sum((1, 2))}
+            have = {"x": dout[:, ::2, ::2], "emb": dout.sum((1, 2))} | have
+        have = dict(eps=EPS, emb=None) | have
         have |= {n: have[n].detach().requires_grad_() for n in self.leaves} | {"residual": None}
         out, wanted = self.torch(torch, *map(have.get, self.names)), [have[n] for n in self.leaves]
 
@@ -236,6 +237,11 @@ def _q_sample(rng, d):
     return [*_normals(2)(rng, d), _normal(rng, d.shape[0]), _normal(rng, d.shape[0]), d.prediction]
 
 
+def _mse_loss(rng, d):
+    weight = np.abs(_normal(rng, d.shape[0])) if getattr(d, "weighted", 0) else None
+    return [*_normals(2)(rng, d), weight]
+
+
 def _adam(rng, d):
     weights, grad, m, v = (_normal(rng, d.n) for _ in range(4))
     state = np.array([0.5, np.square(grad, dtype=np.float64).sum(), d.taken, 0])
@@ -282,6 +288,11 @@ def _torch_groupnorm(torch, x, weight, bias, groups, eps, silu):
     return (torch.nn.functional.silu(y) if silu else y).permute(0, 2, 3, 1)
 
 
+def _torch_modulate(torch, x, emb, kind):
+    scale, shift = emb[:, None, None].chunk(2, -1)
+    return getattr(torch.nn.functional, kind)(x * (1 + scale) + shift)
+
+
 def _torch_attention(torch, q, k, v, heads):
     split = (a.view(*a.shape[:2], heads, -1).transpose(1, 2) for a in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).reshape(q.shape)
@@ -298,6 +309,13 @@ def _torch_q_sample(torch, x0, eps, a, s, prediction):
     return a * x0 + s * eps, {"eps": eps, "x0": x0}[prediction] if prediction != "v" else a * eps - s * x0
 
 
+def _torch_mse(torch, pred, target, weight):
+    w = 1 if weight is None else weight.view(-1, *[1] * (pred.ndim - 1))
+    diff = pred - target
+    loss = torch.nn.functional.mse_loss(pred, target) if weight is None else (w * diff * diff).mean()
+    return loss[None], w * diff * (2 / diff.numel())
+
+
 def _torch_adam(torch, weights, grad, m, v, ema, state, lr, beta1, beta2, eps, clip, ema_decay):
     adam = torch.optim.Adam([weights], lr, (beta1, beta2), eps, fused=True)  # without clipping and average
     adam.state[weights] = {"step": state[2].float(), "exp_avg": m, "exp_avg_sq": v}
@@ -312,7 +330,9 @@ def _dims(names, rows):
     def value(name, word):
         if name in ("shape", "pad"):
             return tuple(map(int, word.split("x") if name == "shape" else word))
-        return word.strip("-") if name == "plus" else float(word) if "." in word else int(word)
+        if name in ("plus", "kind"):
+            return word.strip("-")
+        return float(word) if "." in word else int(word)
 
     rows = (zip(names.split(), row.split(), strict=True) for row in rows.split(","))
     return tuple({name: value(name, word) for name, word in row} for row in rows)
@@ -349,6 +369,9 @@ _ATTENTIONS = _dims(
 )
 _UPSAMPLES = _dims("shape", "1x1x1x1, 2x3x5x3, 1x7x2x24, 3x4x4x16")
 _JOINS, _WIDE = _dims("B H W C D", "1 1 1 1 1, 2 5 3 16 3, 1 4 6 5 48"), _CONV | dict(D=128)
+_KINDS = "1 gelu, 2x5x7x3 mish, 3x100x111 relu, 1x16384 gelu, 2x5x7x3 silu, 3x100x111 mish"
+_MODULATIONS = """1 1 1 1 mish, 2 5 7 3 gelu, 3 4 4 16 silu, 1 9 7 40 relu, 2 3 30 72 silu, 1 6 6 17 mish,
+    2 4 20 96 gelu"""
 _SHAPES, _BIG = _dims("shape", "1, 2x5x7x3, 1x16384, 3x100x111"), dict(shape=(8, 32, 32, 128))
 _TIMES = _dims("B dim flip shift", "1 2 0 0, 3 7 1 0, 2 32 0 1, 5 16 1 1")
 _DROPOUTS = _dims(
@@ -391,7 +414,16 @@ CASES = {
         lambda rng, d: [np.concatenate(_join(rng, d), -1), d.C], _JOINS, _WIDE, lambda d: 0,
         lambda t, x, C: (x[..., :C].contiguous(), x[..., C:].contiguous())),
     "add": Case(_normals(2), _SHAPES, _BIG, _each(1), lambda t, a, b: a + b),
-    "silu_forward": Case(_normals(1), _SHAPES, _BIG, _each(13), lambda t, x: t.nn.functional.silu(x)),
+    "affine": Case(
+        _normals(1, "a", "b"), _dims("shape a b", "1 2 -1, 2x5x7x3 .25 0, 3x100x111 2 -1"),
+        _BIG | dict(a=2, b=-1), _each(2), lambda t, x, a, b: a * x + b),
+    "activation_forward": Case(
+        _normals(1, "kind"), _dims("shape kind", _KINDS), _BIG | dict(kind="silu"), _each(13),
+        lambda t, x, kind: getattr(t.nn.functional, kind)(x), floor=1),
+    "modulate_forward": Case(
+        lambda rng, d: [_normal(rng, d.B, d.H, d.W, d.C), _normal(rng, d.B, 2 * d.C), d.kind],
+        _dims("B H W C kind", _MODULATIONS), dict(B=8, H=32, W=32, C=128, kind="silu"),
+        lambda d: 16 * d.B * d.H * d.W * d.C, _torch_modulate, floor=1),
     "time_embedding": Case(
         lambda rng, d: [rng.integers(0, 1000, d.B), d.dim, d.flip, d.shift],
         _TIMES, dict(B=128, dim=128, flip=0, shift=1), lambda d: 11 * d.B * d.dim, _torch_time,
@@ -407,8 +439,7 @@ CASES = {
         _q_sample, tuple(dict(shape=(3, 5, 7, 3), prediction=p) for p in ("eps", "x0", "v")),
         _BIG | dict(prediction="v"), _each(6), _torch_q_sample),
     "mse_loss": Case(
-        _normals(2), _SHAPES, _BIG, _each(4),
-        lambda t, pred, x: (t.nn.functional.mse_loss(pred, x)[None], (pred - x) * (2 / x.numel()))),
+        _mse_loss, _SHAPES + _dims("shape weighted", "1 1, 3x5x7x3 1"), _BIG, _each(4), _torch_mse),
     "zero_grad": Case(
         _normals(1), _dims("shape", "1, 1000, 70016"), dict(shape=(35_746_304,)), lambda d: 0,
         lambda t, buffer: buffer.zero_()),
@@ -429,5 +460,6 @@ _backward("conv", "x emb weight bias",
 _backward("groupnorm", "x weight bias", "out mean rstd", floor=1)
 _backward("attention", "q k v", "out lse", flops=2.5, floor=1)
 _backward("upsample", "x")
-_backward("silu", "x")
+_backward("activation", "x")
+_backward("modulate", "x emb", error=lambda d: rounding(d.H * d.W))
 _backward("embedding", "table")

@@ -79,10 +79,27 @@ class TrainSettings:
     attention: int | None = _setting(None, int, "how many of the deepest levels have attention", 0)
     labels: bool | None = _setting(None, bool, "tell the network the class of every image")
     dropout: float = _setting(0.0, float, "share of activations dropped in residual blocks", 0, 0.95)
-    schedule: str = _setting("cosine", str, "of the noise", choices=("cosine", "linear"))
+    label_drop: float = _setting(0.0, float, "share of images whose class is not told, for guidance", 0, 0.95)
+    schedule: str = _setting(
+        "cosine",
+        str,
+        "of the noise",
+        choices=("cosine", "linear", "scaled_linear", "sigmoid", "sigmoid_beta"),
+    )
+    zero_snr: bool = _setting(False, bool, "rescale the schedule, so that its last step is pure noise")
     prediction: str = _setting("v", str, "what the network predicts", choices=("v", "eps", "x0"))
+    variance: str = _setting(
+        "fixed_small",
+        str,
+        "of a step of DDPM; learned_range: by the network, for the bound",
+        choices=("fixed_small", "fixed_large", "learned_range"),
+    )
     timesteps: int = _setting(1000, int, "steps of the noise schedule", 1)
-    log_every: int = _setting(20, int, "steps per line of stats.jsonl", 1)
+    min_snr: float | None = _setting(None, float, "weigh the loss by min(SNR, this); 5 is usual", 0.01)
+    offset_noise: float = _setting(
+        0.0, float, "noise of this size on each channel's mean; 0.1 is usual", 0, 1
+    )
+    log_every: int = _setting(20, int, "steps per line of stats.jsonl", 1, 100_000)
     sample_every: int = _setting(500, int, "steps between sample grids", 1)
     save_every: int = _setting(500, int, "steps between checkpoints", 1)
     samples: int = _setting(64, int, "images in the final grid", 1)
@@ -142,7 +159,8 @@ def unet_config(s, H, W, C, classes=0):
         raise _error(f"images are {H}x{W}: {levels} levels need sides divisible by {stride}; {remedy}")
     head = math.gcd(HEAD, *s.channels[-max(deep, 1) :])  # divides every width that has attention
     return UNetConfig(
-        sample_size=H if H == W else (H, W), in_channels=C, out_channels=C, block_out_channels=s.channels,
+        sample_size=H if H == W else (H, W), in_channels=C, block_out_channels=s.channels,
+        out_channels=2 * C if s.variance == "learned_range" else C,
         layers_per_block=s.layers, dropout=s.dropout, norm_num_groups=GROUPS, attention_head_dim=head,
         down_block_types=("DownBlock2D",) * (levels - deep) + ("AttnDownBlock2D",) * deep,
         up_block_types=("AttnUpBlock2D",) * deep + ("UpBlock2D",) * (levels - deep),
@@ -150,26 +168,43 @@ def unet_config(s, H, W, C, classes=0):
     )  # fmt: skip
 
 
-def train_step(model, opt, diff, x0, labels=None, key=None, lr=None):
+def train_step(
+    model, opt, diff, x0, labels=None, key=None, lr=None, min_snr=None, offset_noise=0.0, label_drop=0.0
+):
     """One step of training (Ho et al. 2020, algorithm 1); returns the loss, a float.
 
     x0      (B,H,W,C) float images in [-1, 1], of the host or the device
     labels  (B,) integers, or None
     key     (seed, step): decides the diffusion times, the noise and the dropout; None: (0, steps done by opt)
     lr      learning rate of this step; None: the optimiser's own
+    min_snr       weigh the loss: `Diffusion.loss_weight`
+    offset_noise  add normals of this size to the noise, one for each sample and channel: a network learns to
+                  move the mean of an image (Guttenberg 2023, "Diffusion with offset noise")
+    label_drop    share of labels replaced by the network's last class, "none", for guidance when sampling
 
-    A step whose loss or gradient is not finite changes no weight (`opt.state[3]` counts those).
+    With diff.variance "learned_range" the loss is `Diffusion.hybrid_loss`. A step whose loss or gradient is
+    not finite changes no weight (`opt.state[3]` counts those).
     """
     import numpy as np
 
-    from nanodiff.kernels.random_ref import NOISE, TIME
+    from nanodiff.kernels.random_ref import LABEL, NOISE, OFFSET, TIME
 
     if getattr(x0, "ndim", 0) != 4 or x0.dtype.kind != "f":
         what = f"{x0.dtype} {x0.shape}" if hasattr(x0, "dtype") else type(x0).__name__
         raise _error(f"x0 is {what}: must be float (B,H,W,C) in [-1, 1]; data.to_float makes it of uint8")
     ctx, k, channels = model.ctx, model.ctx.k, model.config.out_channels
-    if channels != x0.shape[3]:
-        raise _error(f"out_channels = {channels}: must be {x0.shape[3]}, the channels of x0, to train on it")
+    learned = diff.variance == "learned_range"
+    if channels != x0.shape[3] * (1 + learned):
+        much = "twice the channels of x0 (learned_range)" if learned else "the channels of x0"
+        raise _error(
+            f"out_channels = {channels}: must be {x0.shape[3] * (1 + learned)}, {much}, to train on it"
+        )
+    if label_drop and (labels is None or not model.config.num_class_embeds or model.config.class_embed_type):
+        raise _error(f"label_drop = {label_drop}: needs labels, and a network with a table of classes")
+    if learned and min_snr is not None:
+        raise _error(
+            f"min_snr = {min_snr}: must be None with variance 'learned_range', whose loss has weights"
+        )
     if key is None:
         key = (0, int(ctx.to_host(opt.state)[2:].sum()))
     x0 = ctx.to_device(x0)
@@ -179,8 +214,19 @@ def train_step(model, opt, diff, x0, labels=None, key=None, lr=None):
     t = np.array([((start + (i << 32) // B) % 2**32) * diff.timesteps >> 32 for i in range(B)])
     a, s = (ctx.to_device(scale) for scale in diff.scales(t))
     eps = ctx.to_device(k.normal(x0.shape, *key, NOISE))
+    if offset_noise:
+        eps = eps + x0.dtype.type(offset_noise) * k.normal((B, 1, 1, x0.shape[3]), *key, OFFSET)
+    if label_drop:
+        drop = ctx.to_host(k.random_bits((B,), *key, LABEL)) < label_drop * 2**32
+        labels = np.where(drop, model.config.num_class_embeds - 1, labels)
     xt, target = k.q_sample(x0, eps, a, s, diff.prediction)
-    loss, dout = k.mse_loss(model.forward(xt, t, labels, key=key), target)
+    pred = model.forward(xt, t, labels, key=key)
+    if learned:
+        loss, dout = diff.hybrid_loss(*map(ctx.to_host, (pred, target, x0, xt)), t)
+        loss = ctx.to_device(loss, np.float64)
+    else:
+        weight = None if min_snr is None else ctx.to_device(diff.loss_weight(t, min_snr))
+        loss, dout = k.mse_loss(pred, target, weight)
     model.params.zero_grad()
     model.backward(dout)
     opt.step(loss, lr=lr)
@@ -188,12 +234,14 @@ def train_step(model, opt, diff, x0, labels=None, key=None, lr=None):
 
 
 def sample_images(
-    model, diff, shape, count, sampler="ddim", batch=PREVIEWS, frames=None, tick=None, label=None, **options
-):
+    model, diff, shape, count, sampler="ddim", batch=PREVIEWS, frames=None, tick=None, label=None,
+    classes=None, **options,
+):  # fmt: skip
     """`count` images of `shape` (H, W, C), drawn `batch` at a time; how many at a time changes none of them.
 
-    label     class of all images, for a network with classes; None: sample k is of class k mod their number
-    options   what ddim_sample or ddpm_sample take: steps, eta, seed, ...
+    sampler   "ddim", "ddpm" or "dpm";  options: what its function takes: steps, eta, seed, guidance, ...
+    label     class of all images, for a network with classes; None: sample k is of class k mod `classes`
+    classes   how many there are; None: as many as the network has rows for
     frames    a list: gets uint8 grids of the first batch on its way from noise to image, about 50
     tick      called after each step of each batch
     """
@@ -212,7 +260,7 @@ def sample_images(
         if frames is not None and not images and (i % math.ceil(n / 50) == 0 or i == n - 1):
             frames.append(grid(x, scale=zoom(shape)))
 
-    classes = getattr(getattr(model, "config", None), "num_class_embeds", None)
+    classes = classes or getattr(getattr(model, "config", None), "num_class_embeds", None)
     if label is not None and not (classes and 0 <= label < classes):
         limit = f"from 0 to {classes - 1}" if classes else "left out: the network was trained without classes"
         raise _error(f"label = {label}: must be {limit}")
@@ -283,10 +331,14 @@ def train(settings=None):
         if settings.labels:
             raise _error(f"labels = True: {s.data} has no labels to tell the network; use --no-labels")
         s = replace(s, labels=False)
+    if s.label_drop and not s.labels:
+        raise _error(f"label_drop = {s.label_drop}: must be 0 without --labels, and for data that has none")
     told = int(source.labels.max()) + 1 if s.labels else 0
-    model = UNet(unet_config(s, *shape, told), device=s.device, seed=s.seed)
+    rows = told + (s.label_drop > 0)  # one more for "none"
+    model = UNet(unet_config(s, *shape, rows), device=s.device, seed=s.seed)
     opt = optim.Adam(model.params, lr=s.lr, clip=s.clip or None, ema=s.ema or None)
-    diff = Diffusion(s.timesteps, s.schedule, s.prediction)
+    diff = Diffusion(s.timesteps, s.schedule, s.prediction, zero_snr=s.zero_snr, variance=s.variance)
+    options = dict(min_snr=s.min_snr, offset_noise=s.offset_noise, label_drop=s.label_drop)
     views = [contextlib.nullcontext, opt.with_ema][: 2 if s.ema else 1]  # raw weights, averaged ones
     folder = Path(s.out or Path("runs") / source.name)
     described = dict(name=source.name, images=N, sha256=hashlib.sha256(source.images).hexdigest())
@@ -301,7 +353,7 @@ def train(settings=None):
         saved = checkpoint.load_checkpoint(folder, aside=True)
         if saved:
             checkpoint.restore(saved, model, opt)
-            step, window, seconds = saved.step, saved.meta["window"], saved.meta["seconds"]
+            step, window, seconds = saved.step, saved.meta.get("window", []), saved.meta.get("seconds", 0.0)
         if step > s.steps or step == run["finished"] == s.steps:
             more = "; a larger --steps extends it" if s.decay == "constant" else ""
             print(f"{folder} is finished: it has {step} steps{more}")
@@ -331,7 +383,7 @@ def train(settings=None):
                 x0, labels = source.images[chosen], source.labels[chosen] if s.labels else None
                 x0 = data.to_float(data.flip(x0, s.seed, step) if s.flip else x0)
                 lr = optim.learning_rate(step, s.steps, s.lr, s.warmup, s.decay)
-                loss = train_step(model, opt, diff, x0, labels, key=(s.seed, step), lr=lr)
+                loss = train_step(model, opt, diff, x0, labels, key=(s.seed, step), lr=lr, **options)
                 step += 1
                 bar.update()
                 window.append(loss)
@@ -369,8 +421,9 @@ def train(settings=None):
                     for weights in views:
                         with weights():
                             x = sample_images(
-                                model, diff, shape, min(PREVIEWS, s.samples), steps=steps, seed=s.seed
-                            )
+                                model, diff, shape, min(PREVIEWS, s.samples), classes=told,
+                                steps=steps, seed=s.seed,
+                            )  # fmt: skip
                         grids.append(images.grid(x, scale=zoom(shape)))
                     images.save_png(folder / "samples" / f"{step:06d}.png", np.concatenate(grids, axis=1))
             if kept < step:
@@ -381,7 +434,9 @@ def train(settings=None):
 
         frames, steps = [], min(FINAL_STEPS, s.timesteps)
         with views[-1]():
-            x = sample_images(model, diff, shape, s.samples, frames=frames, steps=steps, seed=s.seed)
+            x = sample_images(
+                model, diff, shape, s.samples, frames=frames, classes=told, steps=steps, seed=s.seed
+            )
         images.save_png(folder / "samples.png", images.grid(x, scale=zoom(shape)))
         images.save_gif(folder / "steps.gif", frames)
         drawn = [(r["step"], r["loss"]) for r in records if r["loss"] is not None]

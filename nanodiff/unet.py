@@ -15,10 +15,14 @@ from nanodiff.layers import (
     Linear,
     TimeEmbedding,
     Upsample,
+    divided,
+    resample,
+    resample_backward,
 )  # fmt: skip
 from nanodiff.params import Params
 
 DOWN, ATTN_DOWN, UP, ATTN_UP = "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "mish": "mish"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +48,18 @@ class UNetConfig:
     layers_per_block: int = 1
     mid_block_scale_factor: float = 1
     downsample_padding: int = 1
-    downsample_type: str = "conv"
-    upsample_type: str = "conv"
+    downsample_type: str = "conv"  # of AttnDownBlock2D
+    upsample_type: str = "conv"  # of AttnUpBlock2D
     dropout: float = 0.0
-    act_fn: str = "silu"
+    act_fn: str = "silu"  # of the ResBlocks; SiLU inside the time embedding and before conv_out
     attention_head_dim: int | None = 32  # None: one head of the full width
     norm_num_groups: int | None = 8
-    attn_norm_num_groups: int | None = None
+    attn_norm_num_groups: int | None = None  # in the middle; None: norm_num_groups, none with scale_shift
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True  # in the middle
     class_embed_type: str | None = None
-    num_class_embeds: int | None = None
+    num_class_embeds: int | None = None  # ignored where class_embed_type is set
     num_train_timesteps: int | None = None
 
     def __post_init__(self):
@@ -80,14 +84,19 @@ class UNetConfig:
 
         for field in ("dropout", "norm_eps", "freq_shift", "mid_block_scale_factor"):
             need(isinstance(getattr(self, field), (int, float)), field, "must be a number")
+        for field in ("flip_sin_to_cos", "add_attention", "center_input_sample"):
+            need(isinstance(getattr(self, field), bool), field, "must be true or false")
         channels, groups = self.block_out_channels, self.norm_num_groups
         need(
             channels and all(map(whole, channels)),
             "block_out_channels",
             "must be one or more integers above 0",
         )
-        for field in ("in_channels", "out_channels", "layers_per_block"):
+        for field in ("in_channels", "out_channels"):
             need(whole(getattr(self, field)), field, "must be an integer above 0")
+        layers = whole(self.layers_per_block, 0 if len(set(channels)) == 1 else 1)
+        need(layers, "layers_per_block",
+             "must be an integer above 0, or 0 where all block_out_channels are equal")  # fmt: skip
         need(
             whole(groups),
             "norm_num_groups",
@@ -96,30 +105,26 @@ class UNetConfig:
         bad = [c for c in channels if c % groups]
         need(not bad, "norm_num_groups", f"must divide every block_out_channels, and does not divide {bad}")
         need(self.attn_norm_num_groups is None or whole(self.attn_norm_num_groups), "attn_norm_num_groups",
-             "must be an integer above 0, or None for norm_num_groups")  # fmt: skip
+             "must be an integer above 0, or None")  # fmt: skip
         n = len(channels)
         for field, known in (("down_block_types", (DOWN, ATTN_DOWN)), ("up_block_types", (UP, ATTN_UP))):
             need(
                 len(getattr(self, field)) == n, field, f"must name {n} blocks, as many as block_out_channels"
             )
             need(all(b in known for b in getattr(self, field)), field, f"each block must be one of {known}")
-        for c, down, up in zip(channels, self.down_block_types, reversed(self.up_block_types)):
-            if ATTN_DOWN in (down, up) or ATTN_UP in (down, up):
-                head = self.attention_head_dim or c
-                need(
-                    whole(head) and c % head == 0,
-                    "attention_head_dim",
-                    f"must divide {c}, the width it is used at",
-                )
-                need(
-                    c % (self.attn_norm_num_groups or groups) == 0, "attn_norm_num_groups", f"must divide {c}"
-                )
+        levels = zip(channels, self.down_block_types, reversed(self.up_block_types))
+        widths = [c for c, *blocks in levels if ATTN_DOWN in blocks or ATTN_UP in blocks]
         if self.mid_block_type and self.add_attention:
-            head = self.attention_head_dim or channels[-1]
-            divides = whole(head) and channels[-1] % head == 0
-            need(divides, "attention_head_dim", f"must divide {channels[-1]}")
+            widths.append(channels[-1])
             divides = channels[-1] % (self.attn_norm_num_groups or groups) == 0
             need(divides, "attn_norm_num_groups", f"must divide {channels[-1]}")
+        if widths and self.attention_head_dim is not None:
+            fits = whole(self.attention_head_dim) and self.attention_head_dim <= min(widths)
+            need(
+                fits,
+                "attention_head_dim",
+                f"must be from 1 to {min(widths)}, the width it is used at, or None",
+            )
         need(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
         need(self.norm_eps > 0, "norm_eps", "must be above 0")
         need(self.downsample_padding in (0, 1), "downsample_padding", "must be 0 or 1")
@@ -128,7 +133,9 @@ class UNetConfig:
         need(self.time_embedding_dim is None or whole(self.time_embedding_dim), "time_embedding_dim",
              "must be an integer above 0, or None for 4 * block_out_channels[0]")  # fmt: skip
         half = channels[0] // 2
-        need(half > self.freq_shift, "freq_shift", f"must be below {half}, half of block_out_channels[0]")
+        need(self.freq_shift != half or half == 0, "freq_shift",
+             f"must not be {half}, half of block_out_channels[0]: it would divide by 0")  # fmt: skip
+        need(self.mid_block_scale_factor != 0, "mid_block_scale_factor", "must not be 0")
         sizes = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,) * 2
         fits = self.sample_size is None or (
             len(sizes) == 2 and all(whole(s) and s % self.stride == 0 for s in sizes)
@@ -164,42 +171,59 @@ _DIFFUSERS = {
     "attention_head_dim": 8, "norm_num_groups": 32,
 }  # fmt: skip
 _SUPPORTED = {
-    "center_input_sample": (False,), "time_embedding_type": ("positional",), "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2D", None), "downsample_type": ("conv",), "upsample_type": ("conv",),
-    "act_fn": ("silu", "swish"), "resnet_time_scale_shift": ("default",), "class_embed_type": (None,),
+    "time_embedding_type": ("positional",), "mid_block_type": ("UNetMidBlock2D", None),
+    "downsample_type": ("conv", "resnet"), "upsample_type": ("conv", "resnet"),
+    "act_fn": tuple(ACTIVATIONS), "resnet_time_scale_shift": ("default", "scale_shift"),
+    "class_embed_type": (None, "timestep", "identity"),
 }  # fmt: skip
 
 
 class ResBlock:
-    """x -> norm, SiLU, conv1 (+ time) -> norm, SiLU, dropout, conv2 -> + shortcut(x)."""
+    """x -> norm, SiLU, conv1 (+ time) -> norm, SiLU, dropout, conv2 -> + shortcut(x).
 
-    def __init__(self, net, name, C, O, D):
-        cfg = net.config
-        self.norm1 = GroupNorm(net, f"{name}.norm1", C, cfg.norm_num_groups, cfg.norm_eps)
+    way      "up" or "down": x, and what conv1 gets, are resampled first
+    divisor  of the output
+    config   act_fn: an activation instead of SiLU; resnet_time_scale_shift = "scale_shift": time scales and
+             shifts the output of the second norm, instead of being added before it
+    """
+
+    def __init__(self, net, name, C, O, D, way=None, divisor=1):
+        cfg, self.k, self.way, self.divisor = net.config, net.ctx.k, way, divisor
+        self.modulates = cfg.resnet_time_scale_shift == "scale_shift"
+        norm = (cfg.norm_num_groups, cfg.norm_eps, ACTIVATIONS[cfg.act_fn])
+        self.norm1 = GroupNorm(net, f"{name}.norm1", C, *norm)
         self.conv1 = Conv2d(net, f"{name}.conv1", C, O)
-        self.time_emb_proj = Linear(net, f"{name}.time_emb_proj", D, O)
-        self.norm2 = GroupNorm(net, f"{name}.norm2", O, cfg.norm_num_groups, cfg.norm_eps)
+        self.time_emb_proj = Linear(net, f"{name}.time_emb_proj", D, 2 * O if self.modulates else O)
+        self.norm2 = GroupNorm(net, f"{name}.norm2", O, *norm)
         self.dropout = Dropout(net, cfg.dropout)
         self.conv2 = Conv2d(net, f"{name}.conv2", O, O, zero=True)
         self.shortcut = Conv2d(net, f"{name}.conv_shortcut", C, O, K=1) if C != O else None
 
     def forward(self, x, emb):  # (B,H,W,C), (B,D) -> (B,H,W,O)
-        h = self.norm1.forward(x)
-        e = self.time_emb_proj.forward(emb)
-        h = self.conv1.forward(h, e, again=self.norm1.again)
-        h = self.norm2.forward(h)
+        h, x = self._input(self.norm1.forward(x)), self._input(x)
+        added, modulating = self.time_emb_proj.forward(emb), None
+        if self.modulates:
+            added, modulating = None, added
+        h = self.conv1.forward(h, added, again=lambda: self._input(self.norm1.again()))
+        h = self.norm2.forward(h, modulating)
         h = self.dropout.forward(h)
         r = self.shortcut.forward(x) if self.shortcut else x
-        return self.conv2.forward(h, residual=r, again=None if self.dropout.rate else self.norm2.again)
+        out = self.conv2.forward(h, residual=r, again=None if self.dropout.rate else self.norm2.again)
+        return divided(self.k, out, self.divisor)
+
+    def _input(self, x):
+        return resample(self.k, x, self.way)
 
     def backward(self, dout):  # -> dx, demb
+        dout = divided(self.k, dout, self.divisor)
         dr = self.shortcut.backward(dout)[0] if self.shortcut else dout
         dh, _ = self.conv2.backward(dout)
         dh = self.dropout.backward(dh)
-        dh = self.norm2.backward(dh)
-        dh, de = self.conv1.backward(dh)
-        demb = self.time_emb_proj.backward(de)
-        dx = self.norm1.backward(dh, residual=dr)  # x fed the block and the shortcut
+        dh, modulating = self.norm2.backward(dh)
+        dh, added = self.conv1.backward(dh)
+        demb = self.time_emb_proj.backward(modulating if self.modulates else added)
+        dh, dr = (resample_backward(self.k, d, self.way) for d in (dh, dr))
+        dx, _ = self.norm1.backward(dh, residual=dr)  # x fed the block and the shortcut
         return dx, demb
 
 
@@ -209,7 +233,8 @@ class UNet:
     config  a UNetConfig
     device  "cpu", "gpu" (or "cuda"), or "ref": NumPy, which also runs in dtype float64
     seed    of the initial weights, which are the same on every device
-    init    "ddpm" (residual branches start at zero) or "torch" (PyTorch's default)
+    init    "ddpm" (residual branches start at zero), "torch" (PyTorch's default), or None: names and shapes
+            without memory, until params.allocate (checkpoint.py compares them with a file first)
     """
 
     def __init__(self, config, device="cpu", seed=0, dtype=None, init="ddpm"):
@@ -217,26 +242,27 @@ class UNet:
             raise NanodiffError(
                 f"config is a {type(config).__name__}: must be a UNetConfig (UNetConfig.from_dict)"
             )
-        if init not in ("ddpm", "torch"):
-            raise NanodiffError(f"init = {init!r}: must be 'ddpm' or 'torch'")
+        if init not in ("ddpm", "torch", None):
+            raise NanodiffError(f"init = {init!r}: must be 'ddpm', 'torch' or None")
         self.config, self.ctx, self.init = config, Context(device, dtype), init
         self.params, self.layers, self.key = Params(), [], None
         self._widths, self._shape = [], None  # of the last forward, for its backward
         self._build(config)
-        self.params.allocate(self.ctx, seed)
+        if init is not None:
+            self.params.allocate(self.ctx, seed)
 
     def _build(self, cfg):
         channels, last = cfg.block_out_channels, len(cfg.block_out_channels) - 1
         D = cfg.time_embedding_dim or 4 * channels[0]
 
-        def attention(name, C):
-            groups = cfg.attn_norm_num_groups or cfg.norm_num_groups
-            return Attention(self, name, C, C // (cfg.attention_head_dim or C), groups, cfg.norm_eps)
+        def attention(name, C, groups=cfg.norm_num_groups, divisor=1):
+            return Attention(self, name, C, cfg.attention_head_dim or C, groups, cfg.norm_eps, divisor)
 
         self.conv_in = Conv2d(self, "conv_in", cfg.in_channels, channels[0])
         self.time = TimeEmbedding(
-            self, channels[0], D, cfg.flip_sin_to_cos, cfg.freq_shift, cfg.num_class_embeds
-        )
+            self, channels[0], D, cfg.flip_sin_to_cos, cfg.freq_shift,
+            cfg.class_embed_type or cfg.num_class_embeds, ACTIVATIONS[cfg.act_fn],
+        )  # fmt: skip
         # a block is a list of (ResBlock, Attention or None) and a resampling layer or None
         self.down, self.up, C = [], [], channels[0]
         for b, (O, kind) in enumerate(zip(channels, cfg.down_block_types)):
@@ -244,13 +270,21 @@ class UNet:
             for j in range(cfg.layers_per_block):
                 resnet = ResBlock(self, f"{name}.resnets.{j}", C if j == 0 else O, O, D)
                 pairs.append((resnet, attention(f"{name}.attentions.{j}", O) if kind == ATTN_DOWN else None))
-            down = Downsample(self, f"{name}.downsamplers.0", O, cfg.downsample_padding) if b < last else None
+            down, name = None, f"{name}.downsamplers.0"
+            if b < last and kind == ATTN_DOWN and cfg.downsample_type == "resnet":
+                down = ResBlock(self, name, O, O, D, way="down")
+            elif b < last:
+                down = Downsample(self, name, O, cfg.downsample_padding)
             self.down.append((pairs, down))
             C = O
         self.mid = []
         if cfg.mid_block_type:
-            attn = attention("mid_block.attentions.0", C) if cfg.add_attention else None
-            resnets = [ResBlock(self, f"mid_block.resnets.{j}", C, C, D) for j in range(2)]
+            divisor, groups, attn = cfg.mid_block_scale_factor, cfg.attn_norm_num_groups, None
+            if groups is None and cfg.resnet_time_scale_shift == "default":
+                groups = cfg.norm_num_groups
+            if cfg.add_attention:
+                attn = attention("mid_block.attentions.0", C, groups, divisor)
+            resnets = [ResBlock(self, f"mid_block.resnets.{j}", C, C, D, divisor=divisor) for j in range(2)]
             self.mid = [(resnets[0], attn), (resnets[1], None)]
         skips = [channels[0]]  # widths of what the path down leaves for the path up
         for b, O in enumerate(channels):
@@ -261,7 +295,12 @@ class UNet:
                 resnet = ResBlock(self, f"{name}.resnets.{j}", C + skips.pop(), O, D)
                 pairs.append((resnet, attention(f"{name}.attentions.{j}", O) if kind == ATTN_UP else None))
                 C = O
-            self.up.append((pairs, Upsample(self, f"{name}.upsamplers.0", O) if b < last else None))
+            up, name = None, f"{name}.upsamplers.0"
+            if b < last and kind == ATTN_UP and cfg.upsample_type == "resnet":
+                up = ResBlock(self, name, O, O, D, way="up")
+            elif b < last:
+                up = Upsample(self, name, O)
+            self.up.append((pairs, up))
         self.norm_out = GroupNorm(self, "conv_norm_out", C, cfg.norm_num_groups, cfg.norm_eps)
         self.conv_out = Conv2d(self, "conv_out", C, cfg.out_channels, zero=True)
 
@@ -269,7 +308,9 @@ class UNet:
         """What the network says of x at time t, keeping what `backward` needs.
 
         x       (B, H, W, in_channels) float array of the device; H and W divisible by config.stride
-        t       (B,) time steps;  labels (B,) class numbers, where config.num_class_embeds is set
+        t       (B,) time steps
+        labels  (B,) class numbers, where config.num_class_embeds is set; for the class_embed_type "timestep"
+                (B,) numbers, for "identity" float embeddings (B, time_embedding_dim)
         key     (seed, step) of the noise of dropout, needed where config.dropout > 0
         returns (B, H, W, out_channels)
         """
@@ -295,6 +336,8 @@ class UNet:
     def _forward(self, x, t, labels):
         k = self.ctx.k
         emb = self.time.forward(t, labels)
+        if self.config.center_input_sample:
+            x = k.affine(x, 2, -1)
         h = self.conv_in.forward(x)
         skips = [h]
         for pairs, down in self.down:
@@ -303,7 +346,7 @@ class UNet:
                 h = attn.forward(h) if attn else h
                 skips.append(h)
             if down:
-                h = down.forward(h)
+                h = down.forward(h, emb)
                 skips.append(h)
         for resnet, attn in self.mid:
             h = resnet.forward(h, emb)
@@ -315,7 +358,7 @@ class UNet:
                 h = k.concat(h, skips.pop())
                 h = resnet.forward(h, emb)
                 h = attn.forward(h) if attn else h
-            h = up.forward(h) if up else h
+            h = up.forward(h, emb) if up else h
         assert not skips
         h = self.norm_out.forward(h)
         return self.conv_out.forward(h, again=self.norm_out.again)
@@ -335,34 +378,37 @@ class UNet:
         k = self.ctx.k
         widths, dskips, self.demb = list(self._widths), [], None
         dh, _ = self.conv_out.backward(self.ctx.to_device(dout))
-        dh = self.norm_out.backward(dh)
+        dh, _ = self.norm_out.backward(dh)
         for pairs, up in reversed(self.up):
-            dh = up.backward(dh) if up else dh
+            dh = self._block_backward(up, dh) if up else dh
             for resnet, attn in reversed(pairs):
                 dh = attn.backward(dh) if attn else dh
-                dh = self._resnet_backward(resnet, dh)
+                dh = self._block_backward(resnet, dh)
                 dh, dskip = k.split(dh, widths.pop())
                 dskips.append(dskip)
         for resnet, attn in reversed(self.mid):
             dh = attn.backward(dh) if attn else dh
-            dh = self._resnet_backward(resnet, dh)
+            dh = self._block_backward(resnet, dh)
         for pairs, down in reversed(self.down):
             if down:
                 dh = k.add(dh, dskips.pop())  # h fed the next block and a skip
-                dh = down.backward(dh)
+                dh = self._block_backward(down, dh)
             for resnet, attn in reversed(pairs):
                 dh = k.add(dh, dskips.pop())  # likewise
                 dh = attn.backward(dh) if attn else dh
-                dh = self._resnet_backward(resnet, dh)
+                dh = self._block_backward(resnet, dh)
         dh = k.add(dh, dskips.pop())
         assert not dskips
         dx, _ = self.conv_in.backward(dh)
+        if self.config.center_input_sample:
+            dx = k.affine(dx, 2, 0)
         self.time.backward(self.demb)
         return dx
 
-    def _resnet_backward(self, resnet, dout):
-        dx, demb = resnet.backward(dout)
-        self.demb = demb if self.demb is None else self.ctx.k.add(self.demb, demb)  # emb fed every block
+    def _block_backward(self, block, dout):
+        dx, demb = block.backward(dout)
+        if demb is not None:  # emb fed every ResBlock
+            self.demb = demb if self.demb is None else self.ctx.k.add(self.demb, demb)
         return dx
 
     @contextlib.contextmanager
@@ -393,27 +439,31 @@ class UNet:
             raise NanodiffError(
                 f"t has shape {t.shape}, dtype {t.dtype}: must be {shape[0]} numbers, none below 0"
             )
-        if (labels is None) != (cfg.num_class_embeds is None):
-            want = (
-                "None (the network has no classes)"
-                if labels is not None
-                else "given, one class number per image"
-            )
-            raise NanodiffError(f"labels: must be {want}; num_class_embeds = {cfg.num_class_embeds}")
-        if labels is not None:
-            labels = np.asarray(labels)
-            ok = labels.shape == (shape[0],) and labels.dtype.kind in "iu"
-            if not ok or labels.min() < 0 or labels.max() >= cfg.num_class_embeds:
-                raise NanodiffError(
-                    f"labels: must be {shape[0]} integers from 0 to {cfg.num_class_embeds - 1}"
-                )
-        return self.ctx.to_device(x), t, labels
+        return self.ctx.to_device(x), t, self._checked_labels(labels, shape[0])
 
-    def save_pretrained(self, folder):
-        """Write config.json and the weights in diffusers' layout."""
+    def _checked_labels(self, labels, B):
+        kind, classes = self.config.class_embed_type, self.config.num_class_embeds
+        if (labels is None) != (kind is None and classes is None):
+            want = "None (the network has no classes)" if labels is not None else "given, one for each image"
+            raise NanodiffError(
+                f"labels: must be {want}; num_class_embeds = {classes}, class_embed_type = {kind!r}"
+            )
+        if labels is None:
+            return None
+        labels = np.asarray(labels)
+        shape = (B, self.time.linear_2.weight.shape[1]) if kind == "identity" else (B,)
+        ok = labels.shape == shape and labels.dtype.kind in ("iuf" if kind else "iu")
+        if kind and not (ok and np.isfinite(labels).all()):
+            raise NanodiffError(f"labels of shape {labels.shape}: must be finite numbers of shape {shape}")
+        if not kind and not (ok and labels.min() >= 0 and labels.max() < classes):
+            raise NanodiffError(f"labels: must be {B} integers from 0 to {classes - 1}")
+        return self.ctx.to_device(labels) if kind == "identity" else labels
+
+    def save_pretrained(self, folder, diffusion=None):
+        """Write config.json and the weights in diffusers' layout; with a Diffusion, a whole DDPMPipeline."""
         from nanodiff import checkpoint
 
-        checkpoint.save_pretrained(self, folder)
+        checkpoint.save_pretrained(self, folder, diffusion)
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu"):

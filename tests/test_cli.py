@@ -42,7 +42,7 @@ def contents(folder):
     return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["sample", "--help"], ["info", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], *([c, "--help"] for c in ("train", "sample", "eval", "info"))])
 def test_help_imports_nothing_heavy(args):
     code = """import sys; from nanodiff.__main__ import main
 try: main(sys.argv[1:])
@@ -83,6 +83,41 @@ def test_sample_writes_a_grid_and_a_gif(run, tmp_path, capsys):
     for more in (["--raw"], ["--seed", "1"], ["--sampler", "ddpm"], ["--eta", "1"]):
         assert main([*common, "--count", "4", *more]) == 0
         assert not np.array_equal(np.asarray(Image.open(out)), first), more
+
+
+def test_sample_takes_every_option_of_its_samplers(run, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    common = ["sample", str(run), "--device", "ref", "--steps", "3", "--count", "2", "--out", str(out)]
+    for more in (
+        ["--sampler", "dpm"], ["--spacing", "linspace"], ["--eta", "1", "--eta-stop", "2"], ["--no-clip"],
+        ["--eta", "1", "--noise-stop", "2"], ["--dynamic", "0.9"],
+    ):  # fmt: skip
+        assert main([*common, *more]) == 0, more
+    for more, says in (
+        (["--sampler", "ddpm", "--noise-stop", "2"], "--noise-stop 2 is for --sampler ddim"),
+        (["--spacing", "even"], "'even'"),
+        (["--guidance", "2"], "guidance"),
+        (["--dynamic", "2"], "dynamic = 2.0"),
+    ):
+        capsys.readouterr()
+        assert main([*common, *more]) == 2 and says in capsys.readouterr().err
+
+
+def test_eval_prints_bits_per_dimension(run, tmp_path, capsys):
+    common = ["eval", str(run), "--device", "ref", "--count", "4", "--times", "3"]
+    assert main(common) == 0
+    text = capsys.readouterr().out
+    assert re.match(
+        r"\d+\.\d+ \+- \d+\.\d+ bits per dimension \(4 images of .*noise.npz, 3 noise levels", text
+    )
+    assert main([*common, "--times", "0", "--raw"]) == 0
+    assert "all noise levels" in capsys.readouterr().out
+    loaded = checkpoint.load_run(run, "ref")
+    checkpoint.save_pretrained(loaded.model, tmp_path / "pipe", loaded.diffusion)
+    assert main(["eval", str(tmp_path / "pipe"), "--device", "ref"]) == 2
+    assert "give --data" in capsys.readouterr().err
+    wide = noise(tmp_path / "rgb.npz", 3)
+    assert main([*common, "--data", wide]) == 2 and "3 channels: must be 1" in capsys.readouterr().err
 
 
 def test_info_tells_what_there_is(run, capsys):
@@ -147,10 +182,10 @@ WRONG = {
     "layers": (lambda: config(layers_per_block=0), ["layers_per_block = 0", "above 0"]),
     "blocks": (lambda: config(down_block_types=("DownBlock2D",)), ["down_block_types", "2 blocks"]),
     "block name": (lambda: config(up_block_types=("Up", "UpBlock2D")), ["'Up'", "AttnUpBlock2D"]),
-    "head": (lambda: config(attention_head_dim=5), ["attention_head_dim = 5", "divide 16"]),
+    "head": (lambda: config(attention_head_dim=17), ["attention_head_dim = 17", "from 1 to 16"]),
     "dropout": (lambda: config(dropout=1.0), ["dropout = 1.0", "[0, 1)"]),
     "sample size": (lambda: config(sample_size=9), ["sample_size = 9", "divisible by 2"]),
-    "activation": (lambda: config(act_fn="mish"), ["act_fn = 'mish'", "'silu'"]),
+    "activation": (lambda: config(act_fn="tanh"), ["act_fn = 'tanh'", "'silu'", "'mish'"]),
     "device": (lambda: nd.UNet(config(), device="tpu"), ["'tpu'", "cpu"]),
     "gpu": (lambda: nd.UNet(config(), device="gpu"), ["'gpu'", "cpu"]),
     "float64 on cpu": (lambda: nd.Context("cpu", np.float64), ["float64", "'ref'"]),

@@ -38,11 +38,17 @@ def cifar10_folder(folder, rng):
     (folder / "data_batch_1.bin").write_bytes(rng.integers(0, 10, (10, 3073), dtype=np.uint8).tobytes())
 
 
+USES = {  # of a trained model: what is printed
+    "interpolate.py": r"to noise and back in 1 steps: off by \d+\.\d%",
+    "image_to_image.py": r"strength 1.0: from t = 5 in 2 steps, \d+% away",
+    "inpaint.py": r"RePaint: \d\.\d+ across the seam",
+}
 IMAGE_SETS = {"train_mnist.py": (mnist_folder, 28), "train_cifar10.py": (cifar10_folder, 32)}
 
 
 def test_every_example_has_a_test():
-    assert set(SCRIPTS) == {*IMAGE_SETS, "two_moons.py", "steps_needed.py"}
+    others = {"two_moons.py", "steps_needed.py", "when_to_stop_noise.py", "guided.py"}
+    assert set(SCRIPTS) == {*IMAGE_SETS, *USES, *others}
 
 
 @pytest.mark.parametrize("name", IMAGE_SETS)
@@ -54,6 +60,39 @@ def test_training_scripts(name, tmp_path):
     picture = np.asarray(Image.open(tmp_path / "out.png"))
     assert picture.shape[:2] == (2 * (side + 4),) * 2  # 2 pixels of border on each side, drawn twice as large
     assert picture[4:-4, 4:-4].std() > 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two steps on images of noise with classes."""
+    from nanodiff.train import TrainSettings, train
+
+    folder, rng = tmp_path_factory.mktemp("trained"), np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    np.savez(folder / "noise.npz", images=images, labels=np.arange(20) % 2)
+    return train(TrainSettings(
+        data=str(folder / "noise.npz"), out=str(folder / "run"), device="ref", steps=2, batch=2, timesteps=6,
+        channels=(8, 16), layers=1, samples=2, labels=True,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USES)
+def test_scripts_that_use_a_model(name, trained, tmp_path):
+    more = {"interpolate.py": ["--pairs", "2"], "inpaint.py": ["--repeats", "2", "--count", "3"]}
+    out = run(name, tmp_path, str(trained), "--out", "out.png", *more.get(name, ["--count", "3"]))
+    assert re.search(USES[name], out), out
+    assert np.asarray(Image.open(tmp_path / "out.png")).std() > 0
+
+
+def test_guided(tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "noise.npz", images=rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8),
+             labels=np.arange(20) % 2)  # fmt: skip
+    out = run("guided.py", tmp_path, "--data", "noise.npz", "--samples", "4", "--out", "out.png")
+    assert len(re.findall(r"guidance \d: nearest to the class asked for \d+%, spread \d\.\d+", out)) == 4
+    assert (
+        np.asarray(Image.open(tmp_path / "out.png")).shape[:2] == (2 * (4 * 10 + 2),) * 2
+    )  # 2 pixels between, drawn twice as large
 
 
 @pytest.mark.parametrize("steps, low, high", [(2, 0.2, 1), (300, 0.02, 0.15)])  # 0.43 and 0.08 are typical
@@ -79,6 +118,13 @@ def test_steps_needed_prints_the_table(tmp_path):
         distances, energies = (list(map(float, part.split())) for part in rows[str(steps)].split("|"))
         assert len(distances) == len(energies) == 3 and np.isfinite(distances + energies).all()
     assert 0.01 < float(rows["real data"].split("|")[0]) < 0.04
+
+
+def test_when_to_stop_noise_prints_the_table(tmp_path):
+    out = run("when_to_stop_noise.py", tmp_path, "--points", "20")
+    rows = re.findall(r"(never|\d+) \| +(-?[\d.]+) +([\d.]+) \| +(-?[\d.]+) +([\d.]+)", out)
+    assert [row[0] for row in rows] == ["never", "100", "300", "500", "700", "900", "1000"]
+    assert rows[0][1:3] == rows[0][3:] and rows[-1][1:3] != rows[-1][3:] and "real data" in out
 
 
 def test_backward_of_the_mlp_is_the_slope(monkeypatch):

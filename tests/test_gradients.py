@@ -122,15 +122,37 @@ def test_attention(B, N, C, heads):
     check_gradient(lambda: K.attention_forward(*v.values(), heads)[0], gradients, v)
 
 
-def test_upsample_silu_and_add():
+def test_upsample_add_and_affine():
     v = arrays(4, x=(2, 2, 3, 2), b=(2, 2, 3, 2))
     check_gradient(
         lambda: K.upsample_forward(v["x"]), lambda dout: dict(x=K.upsample_backward(dout)), dict(x=v["x"])
     )
-    check_gradient(
-        lambda: K.silu_forward(v["x"]), lambda dout: dict(x=K.silu_backward(dout, v["x"])), dict(x=v["x"])
-    )
+    check_gradient(lambda: K.affine(v["x"], 2, -1), lambda dout: dict(x=K.affine(dout, 2, 0)), dict(x=v["x"]))
     check_gradient(lambda: K.add(v["x"], v["b"]), lambda dout: dict(x=dout, b=dout), v)
+
+
+KINDS = ("silu", "relu", "gelu", "mish")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation(kind):
+    v = arrays(9, x=(2, 2, 3, 2))
+    v["x"].flat[:4] = 0.01, -8, 8, 30  # far out too
+    check_gradient(
+        lambda: K.activation_forward(v["x"], kind),
+        lambda dout: dict(x=K.activation_backward(dout, v["x"], kind)),
+        v,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modulate(kind):
+    v = arrays(10, x=(2, 2, 3, 4), emb=(2, 8))
+
+    def gradients(dout):
+        return dict(zip(v, K.modulate_backward(dout, **v, kind=kind)))
+
+    check_gradient(lambda: K.modulate_forward(**v, kind=kind), gradients, v)
 
 
 def test_concat_and_split_are_each_others_backward():
@@ -173,7 +195,7 @@ def test_mse_loss():
 
 def test_every_backward_is_checked_here():
     """A new op needs a line above (or, like the draws and the updates, has no gradient)."""
-    checked = {"linear", "conv", "groupnorm", "attention", "upsample", "silu", "embedding"}
+    checked = {"linear", "conv", "groupnorm", "attention", "upsample", "activation", "modulate", "embedding"}
     assert {op.removesuffix("_backward") for op in CASES if op.endswith("_backward")} == checked
 
 
@@ -194,7 +216,10 @@ def test_a_wrong_gradient_is_found():
 # ---- layers ----
 def network(**config):
     """What the layers of a network share, in float64 on the definition."""
-    cfg = SimpleNamespace(norm_num_groups=2, norm_eps=1e-5, dropout=0.0, **config)
+    cfg = dict(
+        norm_num_groups=2, norm_eps=1e-5, dropout=0.0, act_fn="silu", resnet_time_scale_shift="default"
+    )
+    cfg = SimpleNamespace(**cfg | config)
     ctx = Context("ref", np.float64)
     return SimpleNamespace(ctx=ctx, params=Params(), layers=[], init="torch", key=(5, 1), config=cfg)
 
@@ -251,17 +276,27 @@ def test_layer_conv(stride, pad, size):
     check_layer(net, layer, lambda: layer.forward(**v), v, lambda dout: (*layer.backward(dout), dout))
 
 
-@pytest.mark.parametrize("silu", [False, True])
-def test_layer_groupnorm(silu):
-    net, v = network(), arrays(2, x=(2, 2, 3, 4))
-    layer = layers.GroupNorm(net, "norm", 4, 2, 1e-5, silu)
-    check_layer(net, layer, lambda: layer.forward(v["x"]), v)
+@pytest.mark.parametrize("act", [None, "silu", "mish"])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_layer_groupnorm(act, modulated):
+    if modulated and not act:
+        pytest.skip("modulation is always followed by an activation")
+    net, v = network(), arrays(2, x=(2, 2, 3, 4)) | (arrays(1, emb=(2, 8)) if modulated else {})
+    layer = layers.GroupNorm(net, "norm", 4, 2, 1e-5, act)
+
+    def forward():
+        out = layer.forward(**v)
+        assert np.array_equal(layer.again(), out)
+        return out
+
+    check_layer(net, layer, forward, v)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-def test_layer_attention(heads):
+@pytest.mark.parametrize("head, groups, divisor", [(4, 2, 1), (2, 2, 1), (3, 2, 1.5), (2, None, 2)])
+def test_layer_attention(head, groups, divisor):
+    """Also with heads that leave a channel over, and without a norm."""
     net, v = network(), arrays(3, x=(2, 2, 2, 4))
-    layer = layers.Attention(net, "attention", 4, heads, 2, 1e-5)
+    layer = layers.Attention(net, "attention", 4, head, groups, 1e-5, divisor)
     check_layer(net, layer, lambda: layer.forward(v["x"]), v)
 
 
@@ -288,10 +323,19 @@ def test_layer_dropout(rate):
     assert (layer.forward(v["x"]) == 0).any() == (rate > 0)
 
 
-@pytest.mark.parametrize("classes, flip, shift", [(None, False, 1), (3, True, 0)])
-def test_layer_time_embedding(classes, flip, shift):
+@pytest.mark.parametrize(
+    "classes, flip, shift, act",
+    [
+        (None, False, 1, "silu"),
+        (3, True, 0, "gelu"),
+        ("timestep", True, 0, "mish"),
+        ("identity", False, 0, "silu"),
+    ],
+)
+def test_layer_time_embedding(classes, flip, shift, act):
     net, labels = network(), np.array([2, 0, 2]) if classes else None
-    layer = layers.TimeEmbedding(net, 6, 5, flip, shift, classes)
+    labels = np.random.default_rng(0).standard_normal((3, 5)) if classes == "identity" else labels
+    layer = layers.TimeEmbedding(net, 6, 5, flip, shift, classes, act)
     check_layer(
         net,
         layer,
@@ -301,12 +345,21 @@ def test_layer_time_embedding(classes, flip, shift):
     )
 
 
-@pytest.mark.parametrize("C, O, dropout", [(4, 4, 0.0), (4, 6, 0.0), (4, 4, 0.3)])
-def test_resblock(C, O, dropout):
-    """Without and with a convolution in the shortcut."""
-    net, v = network(), arrays(8, x=(2, 2, 3, C), emb=(2, 3))
-    net.config.dropout = dropout
-    block = ResBlock(net, "block", C, O, 3)
+@pytest.mark.parametrize(
+    "C, O, way, divisor, fields",
+    [
+        (4, 4, None, 1, {}),
+        (4, 6, None, 1, {}),  # a convolution in the shortcut
+        (4, 4, None, 1, dict(dropout=0.3)),
+        (4, 6, None, 1.5, dict(resnet_time_scale_shift="scale_shift", dropout=0.3)),
+        (4, 4, "up", 1, dict(act_fn="mish")),
+        (4, 4, "down", 1, {}),
+        (4, 4, "down", 2, dict(resnet_time_scale_shift="scale_shift", act_fn="gelu")),
+    ],
+)
+def test_resblock(C, O, way, divisor, fields):
+    net, v = network(**fields), arrays(8, x=(2, 2, 4 if way else 3, C), emb=(2, 3))
+    block = ResBlock(net, "block", C, O, 3, way, divisor)
     assert (block.shortcut is None) == (C == O)
     check_layer(net, block, lambda: block.forward(v["x"], v["emb"]), v, block.backward, full=50)
 
@@ -321,8 +374,20 @@ NETWORKS = {
     "DDPM's padding, deep, one head": dict(
         downsample_padding=0, layers_per_block=2, attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1
     ),  # fmt: skip
-    "no middle, attention norms of their own": dict(mid_block_type=None, attn_norm_num_groups=4),
-}
+    "no middle": dict(mid_block_type=None),
+    "a middle norm of its own, mish, identity": dict(
+        attn_norm_num_groups=4, act_fn="mish", class_embed_type="identity", time_embedding_dim=6
+    ),
+    "scale and shift, resnet up and down, scaled middle, centred": dict(
+        resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+        down_block_types=("AttnDownBlock2D",) * 2, up_block_types=("AttnUpBlock2D",) * 2,
+        mid_block_scale_factor=1.5, center_input_sample=True, attention_head_dim=3, dropout=0.1,
+    ),
+    "gelu, waves of the labels, odd width": dict(
+        act_fn="gelu", class_embed_type="timestep", block_out_channels=(3, 6), norm_num_groups=1,
+        attention_head_dim=None, add_attention=False,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -334,7 +399,8 @@ def test_unet(name):
     model.params.data += 0.1 * rng.standard_normal(model.params.data.shape)
     start = rng.standard_normal(model.params.grad.shape)
     x, t = rng.standard_normal((2, 4, 6, 2)), np.array([3, 700])
-    labels = np.array([2, 0]) if cfg.num_class_embeds else None
+    labels = np.array([2, 0]) if cfg.num_class_embeds or cfg.class_embed_type == "timestep" else None
+    labels = rng.standard_normal((2, 6)) if cfg.class_embed_type == "identity" else labels
 
     def forward():
         return model.forward(x, t, labels, key=(1, 2))

@@ -136,6 +136,34 @@ def test_any_attention(B, N, heads, D, scale):
     agree("attention_backward", dims)
 
 
+kinds = st.sampled_from(["silu", "relu", "gelu", "mish"])
+
+
+@drawn
+@given(B=st.integers(1, 3), H=sizes, W=st.integers(1, 40), C=st.integers(1, 70), kind=kinds)
+def test_any_modulation(B, H, W, C, kind):
+    dims = dict(B=B, H=H, W=W, C=C, kind=kind)
+    agree("modulate_forward", dims)
+    agree("modulate_backward", dims)
+
+
+@pytest.mark.parametrize("kind", ["silu", "relu", "gelu", "mish"])
+def test_activations_far_out(kind):
+    """Where exponentials end, and at what is not a number; each value alone, not the size of all of them."""
+    x = np.array(
+        [-np.inf, -300, -100, -20.5, -9, -1e-30, 0, 1e-30, 9, 20.5, 100, 300, np.inf, np.nan], np.float32
+    )
+    with np.errstate(all="ignore"):
+        for op, args in (("activation_forward", [x]), ("activation_backward", [np.ones_like(x), x])):
+            (want,), (got,) = (
+                run(r, op, [*args, kind], d) for r, d in (("ref", np.float64), ("cpu", np.float32))
+            )
+            assert np.isnan(want[-1]) == (kind != "relu" or op == "activation_forward")
+            assert not np.isfinite(got[~np.isfinite(want)]).any()
+            inside = slice(1, -2)
+            np.testing.assert_allclose(got[inside], want[inside], rtol=1e-6, atol=1e-6)
+
+
 def test_parameter_gradients_are_added_into():
     for op in ("linear_backward", "conv_backward", "groupnorm_backward", "embedding_backward"):
         for dims in CASES[op].shapes[2:]:

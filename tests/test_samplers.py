@@ -13,7 +13,7 @@ from nanodiff.context import NanodiffError
 from nanodiff.diffusion import PREDICTIONS, Diffusion
 from nanodiff.kernels import random_cpu
 from nanodiff.kernels.random_ref import SAMPLE, START, normal
-from nanodiff.samplers import ddim_sample, ddpm_sample, step_list
+from nanodiff.samplers import ddim_invert, ddim_sample, ddpm_sample, dpm_sample, step_list
 
 MEAN, STD = 0.3, 0.2  # of the data: every pixel of x0 is N(MEAN, STD^2) and knows nothing of the others
 
@@ -163,7 +163,7 @@ def test_ddim_with_eta_1_is_ddpm_is_algorithm_2(schedule, clip):
 # ---- step lists ----
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "quadratic"])
 @pytest.mark.parametrize("T", [1, 2, 3, 61, 400])
 def test_a_list_has_exactly_n_falling_steps_for_every_n(T, spacing):
     for n in range(1, T + 1):
@@ -190,10 +190,45 @@ def test_trailing_is_the_formula_of_lin_et_al():
 @given(data=st.data(), T=st.integers(1, 5000))
 def test_any_T_and_n(data, T):
     n = data.draw(st.integers(1, T))
-    for spacing in ("trailing", "linspace"):
+    for spacing in ("trailing", "linspace", "quadratic"):
         times = [t for t, _ in step_list(T, n, spacing)]
         assert len(times) == n and times[0] == T - 1 and times[-1] >= 0
         assert all(a > b for a, b in zip(times, times[1:]))
+
+
+def test_quadratic_steps_are_dense_at_the_end():
+    assert [t for t, _ in step_list(1000, 5, "quadratic")] == [999, 562, 250, 62, 0]
+    times = [t for t, _ in step_list(1000, 100, "quadratic")]  # in other programs 96 distinct ones
+    assert times[:2] == [999, 979] and times[-6:] == [5, 4, 3, 2, 1, 0]
+
+
+def test_sections_are_those_of_improved_diffusion():
+    """Counts per section of [0, T): worked out by hand for T = 12; three sections of 4, both ends taken."""
+    assert [t for t, _ in step_list(12, (2, 1, 4))] == [11, 10, 9, 8, 7, 3, 0]
+    times = [t for t, _ in step_list(1000, (10, 15, 20))]
+    assert len(times) == 45 and times[0] == 999 and times[-1] == 0
+    assert [sum(low <= t < high for t in times) for low, high in ((0, 333), (333, 666), (666, 1000))] == [
+        10,
+        15,
+        20,
+    ]
+
+
+def test_a_list_of_times():
+    assert step_list(10, None, [9, 4, 2]) == [(9, 4), (4, 2), (2, -1)]
+    for steps, spacing in (
+        (None, [4, 9]),
+        (None, [10, 1]),
+        (None, [3, -1]),
+        (2, [3]),
+        (None, []),
+        (None, [1.5]),
+    ):
+        with pytest.raises(NanodiffError, match="spacing"):
+            step_list(10, steps, spacing)
+    for steps in ((), (2, 9), (0, 1)):
+        with pytest.raises(NanodiffError, match="steps"):
+            step_list(10, steps)
 
 
 def test_the_model_is_asked_once_a_step_for_every_n():
@@ -209,6 +244,171 @@ def test_the_model_is_asked_once_a_step_for_every_n():
             x = sample(network, diff, (3, 2, 2, 1), n)
             assert [t.tolist() for t in seen] == [[t] * 3 for t, _ in step_list(25, n)]
             assert x.shape == (3, 2, 2, 1) and x.dtype == np.float32 and np.abs(x).max() <= 1
+
+
+# ---- variances, thresholds, noise that stops ----
+
+
+def closed_form_ddpm(diff, pairs, sigma):
+    """Mean and variance of ancestral sampling on the Gaussian data with the deviation sigma(t, p)."""
+    mean, variance = 0.0, 1.0
+    for t, p in pairs:
+        w0, wx, _ = diff.step_back(t, p, 1.0)
+        A, B = gaussian_x0_eps(diff.alpha_bar[t])[0]
+        mean, variance = (w0 * A + wx) * mean + w0 * B, (w0 * A + wx) ** 2 * variance + sigma(t, p) ** 2
+    return mean, variance
+
+
+@pytest.mark.parametrize("n", [5, 100])
+def test_fixed_large_and_learned_variances(n):
+    """fixed_large: the whole stride's beta. learned_range: v = -1 is the posterior's, +1 beta, 0 their mean
+    in the logarithm; beyond, it goes on."""
+    large = Diffusion(100, "linear", variance="fixed_large")
+    pairs, shape = step_list(100, n), (4, 64, 64, 1)
+
+    def stride(t, p):
+        return math.sqrt(1 - large.alpha_bar[t] / large.alpha_bar[p]) if p >= 0 else 0.0
+
+    x = ddpm_sample(oracle(large), large, shape, n, seed=n, clip=False)
+    assert_moments(x, *closed_form_ddpm(large, pairs, stride))
+
+    diff = Diffusion(100, "linear", variance="learned_range")
+
+    def network(v):
+        return lambda x, t: np.concatenate([oracle(diff)(x, t), np.full_like(x, v)], -1)
+
+    small = ddpm_sample(oracle(diff), Diffusion(100, "linear"), shape, n, seed=n, clip=False)
+    assert np.abs(ddpm_sample(network(1), diff, shape, n, seed=n, clip=False) - x).max() < 1e-5
+    assert np.abs(ddpm_sample(network(-1), diff, shape, n, seed=n, clip=False) - small).max() < 1e-5
+    between = ddpm_sample(network(0), diff, shape, n, seed=n, clip=False)
+    assert_moments(
+        between,
+        *closed_form_ddpm(diff, pairs, lambda t, p: math.sqrt(stride(t, p) * diff.step_back(t, p, 1.0)[2])),
+    )
+
+
+def residual(steps, start=900, **options):
+    """What is left of the noise, as a share of what the schedule says, after `steps` steps below `start`.
+
+    The network knows that the image is 0; x is noise alone.
+    """
+    diff, left = Diffusion(1000, prediction="x0"), {}
+    options["callback"] = lambda i, n, t, x, x0: left.setdefault(t, x.std(dtype=np.float64))
+    ddim_sample(lambda x, t: 0 * x, diff, (1, 64, 64, 1), 1000, eta=1.0, seed=3, **options)
+    t = start - steps + 1  # the step that left time t led to t - 1
+    return left[t] / math.sqrt(1 - diff.alpha_bar[t - 1])
+
+
+@pytest.mark.parametrize("steps, share", [(100, 0.485), (200, 0.309), (400, 0.158), (600, 0.081)])
+def test_noise_stop_lets_the_noise_fall_below_the_schedule_and_eta_stop_does_not(steps, share):
+    assert residual(steps, noise_stop=900) == pytest.approx(share, rel=0.05)  # 4096 normals: 1.1 %
+    assert residual(steps, eta_stop=900) == pytest.approx(1, rel=0.05)
+    assert residual(steps) == pytest.approx(1, rel=0.05)
+
+
+def test_stops_that_never_come_or_come_at_once():
+    diff, shape = Diffusion(50), (2, 6, 6, 1)
+    full = ddim_sample(oracle(diff), diff, shape, 20, eta=1.0)
+    assert np.array_equal(full, ddim_sample(oracle(diff), diff, shape, 20, eta=1.0, eta_stop=-1))
+    assert np.array_equal(full, ddim_sample(oracle(diff), diff, shape, 20, eta=1.0, noise_stop=-1))
+    still = ddim_sample(oracle(diff), diff, shape, 20, eta=0.0)
+    assert np.array_equal(still, ddim_sample(oracle(diff), diff, shape, 20, eta=1.0, eta_stop=50))
+
+
+def test_thresholds():
+    diff, seen = Diffusion(100, prediction="x0"), []
+
+    def watch(i, n, t, x, x0):
+        seen.append(x0)
+
+    ramp = np.linspace(-3, 3, 101, dtype=np.float32).reshape(1, 101, 1, 1)
+    ddim_sample(lambda x, t: ramp, diff, ramp.shape, 2, callback=watch, clip=2.0)
+    assert np.array_equal(seen[0], ramp.clip(-2, 2))
+    ddim_sample(lambda x, t: ramp, diff, ramp.shape, 2, callback=watch, dynamic=0.9)
+    s = np.quantile(np.abs(ramp), 0.9)
+    assert np.abs(seen[2] - ramp.clip(-s, s) / s).max() < 1e-6 and np.abs(seen[2]).max() == 1
+    ddim_sample(lambda x, t: ramp / 6, diff, ramp.shape, 2, callback=watch, dynamic=0.9)
+    assert np.array_equal(seen[4], ramp / 6)  # a quantile below 1 changes nothing
+
+
+# ---- second order, and backwards ----
+
+
+def flow(diff, x, t, p):
+    """The exact answer of the probability flow from time t to p, for the Gaussian data."""
+    (a, v), (b, w) = ((math.sqrt(ab), ab * STD**2 + 1 - ab) for ab in (diff.alpha_bar[t], diff.alpha_bar[p]))
+    return b * MEAN + math.sqrt(w / v) * (x - a * MEAN)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_dpm_solver_is_of_second_order(prediction):
+    """Down to t = 0 (the step from there to the image has no finite lambda), on steps dense near it, where
+    lambda falls fastest."""
+    diff, shape = Diffusion(1000, "linear", prediction), (1, 16, 16, 1)
+
+    def error(sampler, n):
+        seen = []
+        sampler(oracle(diff), diff, shape, n, seed=1, clip=False, spacing="quadratic",
+                callback=lambda *step: seen.append(step))  # fmt: skip
+        return np.abs(seen[-2][3] - flow(diff, normal(shape, 1, 0, START).astype(np.float64), 999, 0)).max()
+
+    dpm, ddim = ([error(s, n) for n in (25, 50, 100)] for s in (dpm_sample, ddim_sample))
+    assert all(d < e / 2.5 for d, e in zip(dpm, ddim)) and dpm[2] < ddim[2] / 10
+    assert dpm[0] / dpm[1] > 3 and dpm[1] / dpm[2] > 3  # 4 in the limit; DDIM's 2
+    assert 1.5 < ddim[1] / ddim[2] < 2.6
+
+
+def test_dpm_solver_from_pure_noise_with_zero_snr():
+    diff = Diffusion(1000, "linear", "v", zero_snr=True)
+    x = dpm_sample(oracle(diff), diff, (4, 32, 32, 1), 30, clip=False, spacing="quadratic")
+    assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() / STD - 1) < 0.1
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_inversion_comes_back(prediction):
+    diff, rng = Diffusion(1000, "linear", prediction), np.random.default_rng(0)
+    images = (MEAN + STD * rng.standard_normal((2, 8, 8, 1))).astype(np.float32)
+
+    def round_trip(steps, refine):
+        noise = ddim_invert(oracle(diff), diff, images, steps, refine=refine)
+        back = ddim_sample(oracle(diff), diff, images.shape, steps, clip=False, start=noise)
+        return np.linalg.norm(back - images) / np.linalg.norm(images), noise
+
+    errors = [round_trip(n, 1)[0] for n in (20, 50, 200)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.05, errors
+    exact, noise = round_trip(50, 30)
+    assert exact < 1e-4  # fixed points, to float32
+    assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.3
+
+
+def test_starts_edits_and_guidance():
+    diff, shape = Diffusion(100), (2, 4, 4, 1)
+    whole, seen = [], []
+    ddim_sample(oracle(diff), diff, shape, 10, seed=4, callback=lambda *step: whole.append(step))
+    middle, times = whole[3][3], [t for t, _ in step_list(100, 10)][4:]
+    rest = ddim_sample(oracle(diff), diff, shape, None, seed=8, spacing=times, start=middle)
+    assert np.array_equal(rest, whole[-1][3])  # eta = 0: the seed no longer matters
+
+    def keep(x, p):
+        seen.append(p)
+        x[:, :2] = 0.5
+        return x
+
+    x = ddim_sample(oracle(diff), diff, shape, 10, seed=4, edit=keep)
+    assert seen == [p for _, p in step_list(100, 10)] and (x[:, :2] == 0.5).all() and (x[:, 2:] != 0.5).all()
+
+    def classes(x, t, labels=None):
+        return oracle(diff)(x, t) + (0 if labels is None else 0.01 * labels.reshape(-1, 1, 1, 1))
+
+    labels = np.array([1, 2])
+    got = ddim_sample(classes, diff, shape, 10, labels=labels, guidance=3.0, clip=False)
+    want = ddim_sample(classes, diff, shape, 10, labels=3 * labels, clip=False)  # linear in the label here
+    assert np.abs(got - want).max() < 1e-4
+    plain = ddim_sample(classes, diff, shape, 10, labels=labels, clip=False)
+    assert (
+        np.abs(ddim_sample(classes, diff, shape, 10, labels=labels, guidance=1, clip=False) - plain).max()
+        < 1e-5
+    )
 
 
 # ---- promises ----
@@ -235,7 +435,7 @@ def test_a_network_is_asked_on_its_device_with_frozen_weights_and_gives_the_same
     log = []
 
     class Network:
-        ctx = types.SimpleNamespace(k=random_cpu, to_host=np.asarray)
+        ctx = types.SimpleNamespace(k=random_cpu, to_device=np.asarray, to_host=np.asarray)
 
         @contextlib.contextmanager
         def frozen(self):
@@ -297,6 +497,11 @@ def test_clipping_holds_the_image_and_without_it_the_cosine_stays_finite():
         ({"shape": ()}, "no samples"),
         ({"shape": (2, 4.0, 4, 1)}, "4.0: must be"),
         ({"spacing": "quad"}, "'quad'"),
+        ({"spacing": 3}, "spacing 3"),
+        ({"clip": -1}, "clip = -1"),
+        ({"dynamic": 1.5}, "dynamic = 1.5"),
+        ({"guidance": 2.0}, "guidance = 2.0"),
+        ({"start": np.zeros((1, 4, 4, 1))}, "start has shape (1, 4, 4, 1)"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments, says):

@@ -74,6 +74,102 @@ def test_a_run_leaves_all_it_promises(unbroken):
     assert names == ["step-00000010.safetensors", "step-00000012.safetensors"]
 
 
+OPTIONS = {
+    "learned": dict(variance="learned_range", prediction="eps"),
+    "weighted": dict(min_snr=5.0, offset_noise=0.1, zero_snr=True, prediction="v"),
+    "told": dict(labels=True, label_drop=0.5, schedule="sigmoid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_train_resume_and_sample(tmp_path, name):
+    """Also with a break: the same bits."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "noise.npz"
+    np.savez(path, images=rng.integers(0, 256, (21, 8, 8, 1), dtype=np.uint8), labels=np.arange(21) % 3)
+    whole = train.train(tiny(str(path), tmp_path / "whole", **OPTIONS[name]))
+    train.train(tiny(str(path), tmp_path / "broken", steps=5, **OPTIONS[name]))
+    again = train.train(tiny(str(path), tmp_path / "broken", **OPTIONS[name]))
+    assert state(again) == state(whole)
+    plain = train.train(tiny(str(path), tmp_path / "plain"))
+    assert state(whole)[1]["weights"] != state(plain)[1]["weights"]
+    run = checkpoint.load_run(whole, "ref")
+    config = run.model.config
+    assert config.out_channels == (2 if name == "learned" else 1)
+    assert config.num_class_embeds == (4 if name == "told" else None)  # three classes and "none"
+    assert (run.diffusion.variance == "learned_range") == (name == "learned")
+    assert run.diffusion.zero_snr == (name == "weighted")
+    for sampler in ("ddpm", "ddim", "dpm"):
+        extra = dict(guidance=2.0) if name == "told" else {}
+        x = train.sample_images(run.model, run.diffusion, run.shape, 4, sampler, steps=4,
+                                classes=3 if name == "told" else None, **extra)  # fmt: skip
+        assert x.shape == (4, 8, 8, 1) and np.isfinite(x).all()
+
+
+def small_step(seed=0, classes=None, diff=None, **options):
+    """The loss and the gradient of one training step of a small network on random images."""
+    config = nd.UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+                           down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                           num_class_embeds=classes)  # fmt: skip
+    model = nd.UNet(config, device="ref", init="torch")
+    x0 = np.random.default_rng(seed).uniform(-1, 1, (6, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(6) % 3 if classes else None
+    diff = diff or nd.Diffusion(100, prediction="v")
+    loss = nd.train_step(model, nd.Adam(model.params), diff, x0, labels, key=(1, 2), **options)
+    return loss, model.params.grad.copy()
+
+
+def test_min_snr_weighs_each_sample():
+    """At gamma so large that it never caps, the loss of v is that of x0: v's error is x0's times SNR + 1."""
+    loss, _ = small_step()
+    weighted, _ = small_step(min_snr=5.0)
+    assert 0 < weighted < loss
+    diff = nd.Diffusion(100, prediction="v")
+    assert (diff.loss_weight(np.arange(100), 1e9) <= 1).all()
+
+
+def test_offset_noise_moves_whole_channels(monkeypatch):
+    seen = []
+    real = nd.UNet.forward
+
+    def spy(self, x, t, labels=None, key=None):
+        seen.append((x.copy(), labels))
+        return real(self, x, t, labels, key)
+
+    monkeypatch.setattr(nd.UNet, "forward", spy)
+    small_step()
+    small_step(offset_noise=0.3)
+    moved = seen[1][0] - seen[0][0]
+    assert np.ptp(moved, axis=(1, 2)).max() < 1e-6 and np.abs(moved).max() > 0.05
+    small_step(classes=4, label_drop=0.5)
+    small_step(classes=4)
+    dropped = seen[2][1] == 3
+    assert (seen[3][1] == np.arange(6) % 3).all() and 0 < dropped.sum() < 6
+    assert (seen[2][1][~dropped] == seen[3][1][~dropped]).all()
+
+
+def test_guidance_and_dropped_labels_need_a_table_of_classes():
+    with pytest.raises(nd.NanodiffError, match="label_drop"):
+        small_step(label_drop=0.5)
+    model = nd.UNet(nd.UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+                                  down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                                  class_embed_type="timestep"), device="ref")  # fmt: skip
+    with pytest.raises(nd.NanodiffError, match="guidance"):
+        nd.ddim_sample(model, nd.Diffusion(10), (2, 8, 8, 1), 2, labels=np.zeros(2, int), guidance=2.0)
+
+
+def test_settings_that_contradict_each_other(make, source):
+    for changes, says in (
+        (dict(label_drop=0.1), "label_drop"),
+        (dict(variance="learned_range", min_snr=5.0), "min_snr"),
+        (dict(zero_snr=True), "zero_snr"),
+        (dict(min_snr=0.0), "min_snr"),
+    ):
+        with pytest.raises(nd.NanodiffError, match=says):
+            train.train(make("no", **changes))
+        assert not (Path(source).parent / "no").exists()
+
+
 @pytest.mark.parametrize("cut", [1, 4, 7, 9])
 def test_extended_runs_are_the_same_bits(make, unbroken, cut):
     train.train(make(steps=cut))
@@ -282,7 +378,7 @@ def test_load_run_gives_the_network_that_was_trained(unbroken):
     assert np.array_equal(run.model.params.data, tensors["ema"])
     assert np.array_equal(raw.model.params.data, tensors["weights"])
     assert run.shape == (8, 8, 1) and run.step == STEPS and run.settings["lr"] == 1e-3
-    assert run.diffusion.to_dict() == dict(timesteps=10, schedule="cosine", prediction="eps")
+    assert run.diffusion.to_dict() == nd.Diffusion(10, "cosine", "eps").to_dict()
 
 
 def test_images_do_not_depend_on_the_batch(unbroken):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import nanodiff as nd
+from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import AMX
 from nanodiff.params import Params
 from nanodiff.unet import UNet, UNetConfig
@@ -40,6 +41,7 @@ COUNTS = [
     (4_023_233, described((32, 64, 128), {1, 2}, None, **ONE)),
     (3_939_393, described((32, 64, 128), {2}, 8, **ONE)),
     (12_559_939, described((64, 128, 128, 256), {3}, 8, layers=1)),
+    (701_345, described((32, 64), {1}, 8, layers=1, **ONE)),
 ]
 
 
@@ -206,9 +208,17 @@ def test_frozen_gives_the_same_bits_and_is_cleared(device):
     assert model.ctx.frozen is None
 
 
+SPECIAL = dict(  # what the default network has not
+    act_fn="gelu", resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
+    down_block_types=(ATTN_DOWN,) * 2, up_block_types=(ATTN_UP,) * 2, mid_block_scale_factor=2.0,
+    center_input_sample=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{}, SPECIAL], ids=["default", "special"])
 @pytest.mark.parametrize("size", [(8, 8), (4, 6), (14, 10)])
-def test_a_sample_does_not_depend_on_its_batch(size):
-    model = small(num_class_embeds=5)
+def test_a_sample_does_not_depend_on_its_batch(size, fields):
+    model = small(num_class_embeds=5, **fields)
     (x, t), labels = batch(16, *size), np.arange(16) % 5
     whole = model.predict(x, t, labels)
     for k in (0, 7, 15):
@@ -216,6 +226,19 @@ def test_a_sample_does_not_depend_on_its_batch(size):
         assert same_bits(alone[0], whole[k])
     some = model.predict(x[3:8], t[3:8], labels[3:8])
     assert same_bits(some, whole[3:8])
+
+
+def test_special_networks_give_the_same_bits_for_any_number_of_threads():
+    model, (x, t), found = small(**SPECIAL), batch(), []
+    try:
+        for threads in {1, parallel_cpu.max_threads()}:
+            nd.set_threads(threads)
+            model.params.grad[...] = 0
+            out = model.forward(x, t)
+            found.append([out, model.backward(out), model.params.grad.copy()])
+    finally:
+        nd.set_threads(parallel_cpu.max_threads())
+    assert all(same_bits(a, b) for a, b in zip(found[0], found[-1]))
 
 
 def test_two_networks_coexist():
@@ -295,6 +318,68 @@ def test_labels_change_the_output():
     model, (x, t) = small(num_class_embeds=5), batch()
     a, b = (model.predict(x, t, np.array(labels)) for labels in ([0, 1], [0, 2]))
     assert same_bits(a[0], b[0]) and not same_bits(a[1], b[1])
+
+
+def test_labels_of_every_kind():
+    """Numbers with waves of their own, and embeddings that are added to that of the time."""
+    (x, t), numbers = batch(), np.array([0.5, 20.0])
+    model = small(class_embed_type="timestep")
+    one, other = (model.predict(x, t, labels) for labels in (numbers, numbers + [0, 1]))
+    assert same_bits(one[0], other[0]) and not same_bits(one[1], other[1])
+    assert same_bits(model.predict(x, t, np.array([3, 20])), model.predict(x, t, np.array([3.0, 20.0])))
+    model = small(class_embed_type="identity", num_class_embeds=5)  # the second is ignored, as diffusers does
+    assert "class_embedding.weight" not in model.params
+    embeddings = np.zeros((2, 64))
+    embeddings[1] = 1
+    out, plain = model.predict(x, t, embeddings), small().predict(x, t)
+    assert same_bits(out[0], plain[0]) and not same_bits(out[1], plain[1])
+
+
+REFUSED = {  # what this network has not, and what no network can be built from
+    "time_embedding_type": ("fourier", "learned"),
+    "down_block_types": ((DOWN, "SkipDownBlock2D"), (DOWN,), DOWN),
+    "up_block_types": ((UP, "CrossAttnUpBlock2D"), ()),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "act_fn": ("geglu", None),
+    "resnet_time_scale_shift": ("spatial", "ada_group"),
+    "class_embed_type": ("projection", "simple_projection"),
+    "downsample_type": ("fir",),
+    "upsample_type": ("fir", None),
+    "downsample_padding": (2,),
+    "norm_num_groups": (None, 0, 5),
+    "attn_norm_num_groups": (5, 0),
+    "attention_head_dim": (0, 64, 8.0),
+    "mid_block_scale_factor": (0, "2"),
+    "layers_per_block": (0, -1),
+    "freq_shift": (8,),
+    "sample_size": (7, (8, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("field, value", [(f, v) for f, values in REFUSED.items() for v in values])
+def test_refusals_name_the_field_and_the_value(field, value):
+    with pytest.raises(nd.NanodiffError) as error:
+        UNetConfig(**CONFIG | {field: value})
+    line = str(error.value)
+    assert line.startswith(f"UNetConfig.{field} = {value!r}: ") and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "labels, fields",
+    [
+        (None, dict(class_embed_type="timestep")),
+        (np.array([1.0, np.nan]), dict(class_embed_type="timestep")),
+        (np.zeros((2, 64)), dict(class_embed_type="timestep")),
+        (np.zeros((2, 63)), dict(class_embed_type="identity")),
+        (np.array([1, 2]), dict(class_embed_type="identity")),
+        (np.array([0.0, 1.0]), dict(num_class_embeds=5)),
+        (np.array([0, 5]), dict(num_class_embeds=5)),
+        (np.array([0, 1]), {}),
+    ],
+)
+def test_wrong_labels_are_refused(labels, fields):
+    with pytest.raises(nd.NanodiffError, match="labels"):
+        small(**fields).predict(*batch(), labels)
 
 
 def test_config_survives_a_round_trip():

@@ -2,23 +2,26 @@
 
 A chunk is a slice first: loops from 0 to the size of an array become SIMD loops, those over a range do not.
 
-SiLU, time and class embeddings see arrays of a few thousand floats here: their NumPy definition is fast
-enough.
+SiLU on its own, time and class embeddings see arrays of a few thousand floats here: their NumPy definition is
+fast enough.
 """
+
+import math
 
 import numpy as np
 
-from nanodiff.kernels.parallel_cpu import empty, parallel
+from nanodiff.kernels import parallel_cpu, pointwise_ref
+from nanodiff.kernels.parallel_cpu import empty, parallel, zeros
 from nanodiff.kernels.pointwise_ref import __all__ as OPS
 from nanodiff.kernels.pointwise_ref import (  # noqa: F401  (ops of this rendition too)
     embedding_backward,
     embedding_forward,
-    silu_backward,
-    silu_forward,
     time_embedding,
 )
+from nanodiff.kernels.pointwise_ref import mse_loss as weighted_mse_loss
 from nanodiff.kernels.random_cpu import random_bits
 from nanodiff.kernels.random_ref import DROPOUT
+from nanodiff.kernels.simd_cpu import at, choose, make_rows, sigmoid, table_at
 
 __all__ = [*OPS]
 
@@ -41,6 +44,126 @@ def add(a, b):
     out = empty(a.shape)
     add_chunk(_chunks(a.size), a.reshape(-1), b.reshape(-1), out.reshape(-1))
     return out
+
+
+@parallel
+def affine_chunk(job, worker, x, a, b, out):
+    here = slice(job * CHUNK, (job + 1) * CHUNK)
+    v, to = x[here], out[here]
+    for i in range(to.size):
+        to[i] = v[i] * a + b
+
+
+def affine(x, a, b):
+    out = empty(x.shape)
+    affine_chunk(_chunks(x.size), x.reshape(-1), np.float32(a), np.float32(b), out.reshape(-1))
+    return out
+
+
+# ---- activations: what each makes of y, and its slope there ----
+def silu(y):
+    s = sigmoid(y)
+    return y * s, s * (1 + y * (1 - s))
+
+
+def relu(y):
+    return choose(-y, 0, y), choose(y, 1, 0)
+
+
+def gelu(y):
+    """The tail beyond |y| from Abramowitz & Stegun 7.1.26, within 1e-7."""
+    t, density = 1 / (1 + choose(y, y, -y) * (0.3275911 / math.sqrt(2))), (y * y * -0.5).exp()
+    tail = t * 0
+    for c in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = (tail + 0.5 * c) * t
+    below = choose(y, 1 - tail * density, tail * density)
+    return y * below, below + y * density * (1 / math.sqrt(2 * math.pi))
+
+
+def mish(y):
+    """With n = e^y: tanh(log(1 + n)) = q / (q + 2), q = n (n + 2), and the slope follows. It is 1 past 20."""
+    n = choose(20 - y, y, 20).exp()
+    q = n * (n + 2)
+    r = 1 / (q + 2)
+    return y * (q * r), q * r + y * (4 * n * (n + 1) * r * r)
+
+
+PIXELS = 32  # of a job
+
+
+def _modulation(activation):
+    """Kernels for one activation, compiled when it is first used: jobs of PIXELS rows of x (B, N, C).
+    known (B, 2, C): 1 + scale, shift;  sums (B, chunks, 2, C): each job's share of demb."""
+
+    def value(x, scale, shift):
+        return (activation(x * scale + shift)[0],)
+
+    def slope(x, dout, scale, shift):
+        dy = dout * activation(x * scale + shift)[1]
+        return dy * scale, dy * x, dy
+
+    pass_value, pass_slope = make_rows(value, 1, 2, 0), make_rows(slope, 2, 2, 2)
+
+    def forward(job, worker, x, known, out, tables):
+        (N, C), jobs = x.shape[1:], -(-x.shape[1] // PIXELS)
+        b, r = job // jobs, job % jobs * PIXELS
+        tables[worker, 0] = x.ctypes.data + b * N * C * 4
+        tables[worker, 1] = out.ctypes.data + b * N * C * 4
+        constants = at(known, b * 2 * C)
+        pass_value(table_at(tables, worker * 4), r, min(r + PIXELS, N), C, C, constants, constants, C)
+
+    def backward(job, worker, dout, x, known, dx, sums, tables):
+        (N, C), jobs = x.shape[1:], -(-x.shape[1] // PIXELS)
+        b, r = job // jobs, job % jobs * PIXELS
+        tables[worker, 0] = x.ctypes.data + b * N * C * 4
+        tables[worker, 1] = dout.ctypes.data + b * N * C * 4
+        tables[worker, 2] = dx.ctypes.data + b * N * C * 4
+        table, constants, share = table_at(tables, worker * 4), at(known, b * 2 * C), at(sums, job * 2 * C)
+        pass_slope(table, r, min(r + PIXELS, N), C, C, constants, share, C)
+
+    for body in (forward, backward):  # names of their own in the cache
+        body.__name__ = body.__qualname__ = f"{activation.__name__}_{body.__name__}"
+    return parallel(forward), parallel(backward)
+
+
+MODULATIONS = {activation.__name__: _modulation(activation) for activation in (silu, relu, gelu, mish)}
+
+
+def _modulation_arguments(x, emb):
+    B, C = x.shape[0], x.shape[-1]
+    rows, known = x.reshape(B, -1, C), emb.reshape(B, 2, C) + np.array([[1], [0]], np.float32)
+    return rows, known, -(-rows.shape[1] // PIXELS), empty((parallel_cpu.threads(), 4), np.int64)
+
+
+def modulate_forward(x, emb, kind):
+    rows, known, chunks, tables = _modulation_arguments(x, emb)
+    out = empty(rows.shape)
+    MODULATIONS[kind][0](len(rows) * chunks, rows, known, out, tables)
+    return out.reshape(x.shape)
+
+
+def modulate_backward(dout, x, emb, kind):
+    rows, known, chunks, tables = _modulation_arguments(x, emb)
+    dx, sums = empty(rows.shape), zeros((len(rows), chunks, *known.shape[1:]))
+    MODULATIONS[kind][1](len(rows) * chunks, dout.reshape(rows.shape), rows, known, dx, sums, tables)
+    return dx.reshape(x.shape), sums.sum(1).reshape(emb.shape)
+
+
+def _unmodulated(x):  # x (1 + 0) + 0 is x
+    return x.reshape(1, -1, 1, x.shape[-1]), np.zeros((1, 2 * x.shape[-1]), np.float32)
+
+
+def activation_forward(x, kind):
+    if kind == "silu":
+        return pointwise_ref.activation_forward(x, kind)
+    return modulate_forward(*_unmodulated(x), kind).reshape(x.shape)
+
+
+def activation_backward(dout, x, kind):
+    if kind == "silu":
+        return pointwise_ref.activation_backward(dout, x, kind)
+    image, zero = _unmodulated(x)
+    return modulate_backward(dout.reshape(image.shape), image, zero, kind)[0].reshape(x.shape)
 
 
 @parallel
@@ -89,7 +212,9 @@ def mse_chunk(job, worker, pred, target, dpred, sums):
     sums[job] = total
 
 
-def mse_loss(pred, target):
+def mse_loss(pred, target, weight=None):
+    if weight is not None:  # of images, not of activations: small
+        return weighted_mse_loss(pred, target, weight)
     dpred, sums = empty(pred.shape), np.empty(_chunks(pred.size))
     mse_chunk(sums.size, pred.reshape(-1), target.reshape(-1), dpred.reshape(-1), sums)
     return np.array([sums.sum() / pred.size]), dpred

@@ -1,12 +1,14 @@
 """Ops on one element at a time, and the loss, in NumPy: the definition."""
 
+import math
+
 import numpy as np
 
 from nanodiff.kernels.random_ref import DROPOUT, random_bits
 
 __all__ = [
-    "add", "silu_forward", "silu_backward", "time_embedding", "embedding_forward", "embedding_backward",
-    "dropout", "q_sample", "mse_loss",
+    "add", "affine", "activation_forward", "activation_backward", "modulate_forward", "modulate_backward",
+    "time_embedding", "embedding_forward", "embedding_backward", "dropout", "q_sample", "mse_loss",
 ]  # fmt: skip
 
 
@@ -15,24 +17,81 @@ def add(a, b):
     return a + b
 
 
+def affine(x, a, b):
+    """a x + b for numbers a, b. dx = affine(dout, a, 0)."""
+    return x * x.dtype.type(a) + x.dtype.type(b)
+
+
 def sigmoid(x):
     """1 / (1 + exp(-x)), written with tanh, which does not overflow."""
     return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
-def silu_forward(x):
-    """x * sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)."""
-    return x * sigmoid(x)
+_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
-def silu_backward(dout, x):
-    """dx for out = x s, s = sigmoid(x).
+def _normal_cdf(x):
+    return (0.5 + 0.5 * _erf(x / math.sqrt(2))).astype(x.dtype)
 
-    ds/dx = s (1 - s), so dout/dx = s + x s (1 - s):
-        dx = dout * s * (1 + x * (1 - s))
+
+def activation_forward(x, kind):
+    """What `kind` makes of every x:
+
+    "silu"  x sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118)
+    "relu"  x or 0, whichever is larger
+    "gelu"  x P(x), P the probability that a normal number is below x (Hendrycks & Gimpel, arXiv:1606.08415)
+    "mish"  x tanh(log(1 + e^x)) (Misra 2019, arXiv:1908.08681)
     """
-    s = sigmoid(x)
-    return dout * s * (1 + x * (1 - s))
+    if kind == "silu":
+        return x * sigmoid(x)
+    if kind == "relu":
+        return np.maximum(x, 0)
+    return x * (_normal_cdf(x) if kind == "gelu" else np.tanh(np.logaddexp(0, x)))
+
+
+def activation_backward(dout, x, kind):
+    """dx for the forward above: dout * (its slope at x), by the product rule.
+
+    silu: out = x s, s = sigmoid(x). ds/dx = s (1 - s), so the slope is s + x s (1 - s) = s (1 + x (1 - s))
+    relu: 1 where x > 0, else 0 (at 0 too, where there is none)
+    gelu: out = x P. P is the integral of the normal density p, so the slope is
+          P + x p,  p = exp(-x^2 / 2) / sqrt(2 pi)
+    mish: out = x h, h = tanh(y), y = log(1 + e^x). dh/dy = 1 - h^2 and dy/dx = e^x / (1 + e^x) = sigmoid(x),
+          so the slope is h + x (1 - h^2) sigmoid(x)
+    """
+    if kind == "silu":
+        s = sigmoid(x)
+        return dout * s * (1 + x * (1 - s))
+    if kind == "relu":
+        return np.where(x > 0, dout, x.dtype.type(0))
+    if kind == "gelu":
+        return dout * (_normal_cdf(x) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi))
+    h = np.tanh(np.logaddexp(0, x))
+    return dout * (h + x * (1 - h * h) * sigmoid(x))
+
+
+def _modulated(x, emb):
+    scale, shift = np.split(emb[:, None, None], 2, -1)
+    return x * (1 + scale) + shift, 1 + scale
+
+
+def modulate_forward(x, emb, kind):  # (B,H,W,C), (B,2C) -> (B,H,W,C)
+    """activation(x (1 + scale) + shift), emb = [scale | shift]: what an embedding says to the channels of its
+    image where it is not simply added (Dhariwal & Nichol 2021, arXiv:2105.05233, "adaptive group norm").
+    """
+    return activation_forward(_modulated(x, emb)[0], kind)
+
+
+def modulate_backward(dout, x, emb, kind):  # -> dx (B,H,W,C), demb (B,2C)
+    """dx and demb for out = activation(y), y = x (1 + scale) + shift.
+
+    dy comes from the activation's backward. y is linear in all three, and every pixel (h, w) of an image has
+    the same scale and shift:
+        dx = dy (1 + scale),   dscale = sum_(h,w) dy x,   dshift = sum_(h,w) dy
+    """
+    y, scale = _modulated(x, emb)
+    dy = activation_backward(dout, y, kind)
+    return dy * scale, np.concatenate([(dy * x).sum((1, 2)), dy.sum((1, 2))], -1)
 
 
 def time_embedding(t, dim, flip_sin_to_cos, freq_shift, dtype=np.float32):  # (B,) -> (B, dim)
@@ -81,11 +140,13 @@ def q_sample(x0, eps, a, s, prediction):  # (B,...), (B,...), (B,), (B,) -> xt, 
     return xt, {"eps": eps.copy, "x0": x0.copy, "v": lambda: a * eps - s * x0}[prediction]()
 
 
-def mse_loss(pred, target):  # -> loss float64 (1,), dpred
-    """Mean squared error over all n elements, and its gradient.
+def mse_loss(pred, target, weight=None):  # (B,...), (B,...), (B,) -> loss float64 (1,), dpred
+    """Mean over all n elements of the squared error, each sample's times its weight, and its gradient.
 
-    loss = sum (pred - target)^2 / n, so
-        dpred = 2 (pred - target) / n
+    loss = sum_b weight_b sum (pred_b - target_b)^2 / n, so
+        dpred_b = 2 weight_b (pred_b - target_b) / n
     """
     diff = pred - target
-    return np.array([np.square(diff, dtype=np.float64).mean()]), diff * diff.dtype.type(2 / diff.size)
+    w = diff.dtype.type(1) if weight is None else weight.reshape(-1, *[1] * (diff.ndim - 1))
+    loss = np.array([(w * np.square(diff, dtype=np.float64)).mean()])
+    return loss, w * diff * diff.dtype.type(2 / diff.size)

@@ -15,9 +15,8 @@ import numpy as np
 
 __all__ = ["random_bits", "normal"]
 
-NOISE, TIME, DROPOUT, SAMPLE, START, ORDER, FLIP, INIT, DATA = range(
-    9
-)  # the purposes: streams that never meet
+# the purposes: streams that never meet
+NOISE, TIME, DROPOUT, SAMPLE, START, ORDER, FLIP, INIT, DATA, OFFSET, LABEL, BOUND = range(12)
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # what the two key words grow by each round

@@ -190,6 +190,11 @@ def sigmoid(y):
     return 1 / (1 + (-y).exp())
 
 
+def choose(x, a, b):
+    """a where x > 0, else b (where x is not a number, too)."""
+    return _Vector(x.b, x.b.select(x.b.fcmp_ordered(">", x.value, x.of(0)), x.of(a), x.of(b)))
+
+
 def make_rows(rule, inputs, constants, sums, output=True):
     """A rule for the elements of matrices (rows, C), channel by channel: every channel has its own constants
     and sums over the rows, which stay in registers while the rows pass.
