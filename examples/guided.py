@@ -5,7 +5,7 @@
 One network learns two things: told the class of an image, and, for one image in eight, told "none" (the
 last row of its table). Sampling then goes from what it says without the class to what it says with it, and
 further: u + g (c - u). Row by row: g = 0 (nobody asked), 1 (asked), 2, 4 (insisted on); a column is a class.
-Printed is how many samples lie nearest to the mean image of the class asked for, and how much they differ.
+Printed is how many samples lie nearest to the mean image of the class that was asked for.
 Ho and Salimans 2022, arXiv:2207.12598.
 """
 
@@ -54,7 +54,7 @@ with opt.with_ema():
         x = nd.ddim_sample(model, diff, (args.samples, H, W, C), steps=50, seed=1, labels=asked, guidance=g)
         distance = ((x[:, None] - means) ** 2).sum((2, 3, 4))
         hits = (distance.argmin(1) == asked).mean()
-        print(f"guidance {g:g}: nearest to the class asked for {hits:.0%}, spread {x.std(0).mean():.3f}")
+        print(f"guidance {g:g}: {hits:.0%} are nearest to the class asked for", flush=True)
         rows.append(x)
 save_png(args.out, grid(np.concatenate(rows), columns=args.samples, scale=2))
 print(f"four rows of {args.samples} in {args.out}")

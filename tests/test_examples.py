@@ -89,7 +89,7 @@ def test_guided(tmp_path):
     np.savez(tmp_path / "noise.npz", images=rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8),
              labels=np.arange(20) % 2)  # fmt: skip
     out = run("guided.py", tmp_path, "--data", "noise.npz", "--samples", "4", "--out", "out.png")
-    assert len(re.findall(r"guidance \d: nearest to the class asked for \d+%, spread \d\.\d+", out)) == 4
+    assert len(re.findall(r"guidance \d: \d+% are nearest to the class asked for", out)) == 4
     assert (
         np.asarray(Image.open(tmp_path / "out.png")).shape[:2] == (2 * (4 * 10 + 2),) * 2
     )  # 2 pixels between, drawn twice as large
