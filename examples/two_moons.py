@@ -43,7 +43,7 @@ class MLP:
 
     def forward(self, x, t):  # (B, 2), (B,) ints -> (B, 2)
         k = self.ctx.k
-        point = self.point.forward(10 * x)  # or else 0.03, the width of a moon, is next to nothing to a SiLU
+        point = self.point.forward(k.affine(x, 10, 0))  # or 0.03, the width of a moon, is nothing to a SiLU
         waves = k.time_embedding(t, 64, True, 0, self.ctx.dtype)
         h, self.before_silu = k.add(point, self.time.forward(waves)), []
         for layer in self.rest:

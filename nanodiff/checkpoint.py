@@ -380,7 +380,7 @@ def restore(checkpoint, model, opt=None, ema=False):
         if there != here:
             raise NanodiffError(f"{checkpoint.path}: {name} is {there}, in this network {here}")
     for name, target in targets.items():
-        target[...] = ctx.to_device(tensors[name], target.dtype)
+        ctx.copy(target, ctx.to_device(tensors[name], target.dtype))
 
 
 def _allocate(model):
@@ -597,5 +597,5 @@ def from_pretrained(folder, device="cpu"):
         if not np.isfinite(array).all():
             raise NanodiffError(f"{path}: {name} holds NaN or infinity: save the model again")
         axes = np.argsort(_torch_axes(name, array.ndim))
-        params[name].data[...] = model.ctx.to_device(array.transpose(axes))
+        model.ctx.copy(params[name].data, model.ctx.to_device(array.transpose(axes)))
     return model

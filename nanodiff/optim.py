@@ -36,18 +36,20 @@ class Adam:
         self.params, self.ctx = params, params.ctx
         self.lr, self.betas, self.eps, self.clip, self.ema_decay = lr, betas, eps, clip, ema
         self.m, self.v = (self.ctx.to_device(np.zeros(params.data.shape)) for _ in range(2))
-        self.ema = None if ema is None else params.data.copy()
+        self.ema = None if ema is None else self.ctx.clone(params.data)
         self._no_ema = params.data[:0]
         self.state = self.ctx.to_device(np.zeros(4), np.float64)
+        self._no_loss = self.ctx.to_device(np.zeros(1), np.float64)
 
     def step(self, loss=None, lr=None):
         """One update with the gradients in params.grad, which stay as they are.
 
         loss: an array of one float64, as mse_loss returns it. Where it or the gradient norm is not finite,
         the update does nothing but add one to the steps skipped (state[3]).
+        lr: of this step; on the GPU also an array of one float64.
         """
-        self.state[0:1] = 0.0 if loss is None else loss
-        self.state[1:2] = self.ctx.k.squared_norm(self.params.grad)
+        self.ctx.copy(self.state[0:1], self._no_loss if loss is None else loss)
+        self.ctx.copy(self.state[1:2], self.ctx.k.squared_norm(self.params.grad))
         ema = self._no_ema if self.ema is None else self.ema
         self.ctx.k.adam_update(
             self.params.data, self.params.grad, self.m, self.v, ema, self.state,
@@ -59,12 +61,12 @@ class Adam:
         """params.data holds the averaged weights inside; the raw ones come back at the end."""
         if self.ema is None:
             raise NanodiffError("this optimiser keeps no average: make it with Adam(..., ema=0.999)")
-        raw = self.params.data.copy()
-        self.params.data[...] = self.ema
+        raw = self.ctx.clone(self.params.data)
+        self.ctx.copy(self.params.data, self.ema)
         try:
             yield
         finally:
-            self.params.data[...] = raw
+            self.ctx.copy(self.params.data, raw)
 
 
 def learning_rate(step, total, peak, warmup=0, decay="constant"):

@@ -61,6 +61,7 @@ class Params:
             ctx.to_device(host),
             ctx.to_device(_aligned_zeros(self._end, ctx.dtype)),
         )
+        ctx.add_shadow(self.data)
         for p in self._named.values():
             p.data = self.data[p.start : p.start + p.size].reshape(p.shape)
             p.grad = self.grad[p.start : p.start + p.size].reshape(p.shape)

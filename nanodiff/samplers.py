@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from nanodiff import graph
 from nanodiff.context import NanodiffError
 from nanodiff.kernels.random_ref import SAMPLE, START, normal
 
@@ -216,27 +217,36 @@ def sample(
     with frozen:
         x = draw(shape, seed, 0, START, first) if start is None else to_device(np.asarray(start, np.float32))
         last = None
+        plain = not (learned or dynamic or edit or ahead or guidance is not None)
+        recorded = graph.sampling(model, x, float(clip or 0), labels) if plain else None  # on the GPU
         for i, (t, p) in enumerate(pairs):
-            pred = predict(x, np.full(shape[0], t))
-            if pred.shape != answer:
-                raise NanodiffError(f"the model answered shape {shape} with {pred.shape}: must be {answer}")
-            v = pred[..., shape[-1] :] if learned else None
-            pred = pred[..., : shape[-1]] if learned else pred
             a, s = math.sqrt(diff.alpha_bar[t]), math.sqrt(1 - diff.alpha_bar[t])
             wx, wp = map(np.float32, diff.x0_weights(a, s))
-            x0 = wx * x + wp * pred
-            if dynamic:
-                x0 = to_device(_threshold(to_host(x0), dynamic))
-            elif clip:
-                x0 = x0.clip(-float(clip), float(clip))
-            w0, wx, sigma = rule(t, p, v)
-            c = ahead(t) if ahead else None
-            aim = x0 + np.float32(c) * (x0 - last) if c else x0
-            last = x0
-            x = np.float32(w0) * aim + np.float32(wx) * x
-            if not isinstance(sigma, float) or sigma:
-                sigma = np.float32(sigma) if isinstance(sigma, float) else sigma
-                x += sigma * draw(shape, seed, t, SAMPLE, first)
+            if recorded:
+                w0, w, sigma = rule(t, p, None)
+                z = model.ctx.k.normal(shape, seed, t, SAMPLE, first) if sigma else None
+                x, x0 = recorded.step(t, (wx, wp, w0, w, sigma), z)
+            else:
+                pred = predict(x, np.full(shape[0], t))
+                if pred.shape != answer:
+                    raise NanodiffError(
+                        f"the model answered shape {shape} with {pred.shape}: must be {answer}"
+                    )
+                v = pred[..., shape[-1] :] if learned else None
+                pred = pred[..., : shape[-1]] if learned else pred
+                x0 = wx * x + wp * pred
+                if dynamic:
+                    x0 = to_device(_threshold(to_host(x0), dynamic))
+                elif clip:
+                    x0 = x0.clip(-float(clip), float(clip))
+                w0, wx, sigma = rule(t, p, v)
+                c = ahead(t) if ahead else None
+                aim = x0 + np.float32(c) * (x0 - last) if c else x0
+                last = x0
+                x = np.float32(w0) * aim + np.float32(wx) * x
+                if not isinstance(sigma, float) or sigma:
+                    sigma = np.float32(sigma) if isinstance(sigma, float) else sigma
+                    x += sigma * draw(shape, seed, t, SAMPLE, first)
             if edit:
                 x = to_device(np.asarray(edit(to_host(x), p), np.float32))
             if callback:
@@ -274,6 +284,12 @@ def _adapt(model, labels, guidance):
             return model.predict(x, t, labels)
 
         found = ctx.k.normal, ctx.to_device, ctx.to_host, model.frozen()
+        if ctx.device == "gpu":  # what no recorded step does between two predictions is the host's work
+
+            def ask(x, t, labels):
+                return ctx.to_host(model.predict(x, t, labels))
+
+            found = normal, np.asarray, ctx.to_host, model.frozen()
     else:
         none = None
 

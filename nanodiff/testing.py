@@ -242,6 +242,11 @@ def _mse_loss(rng, d):
     return [*_normals(2)(rng, d), weight]
 
 
+def _gather(rng, d):
+    images = rng.integers(0, 256, (d.N, d.H, d.W, d.C), np.uint8)
+    return [images, rng.integers(0, d.N, d.B), rng.integers(0, 2, d.B, np.uint8)]
+
+
 def _adam(rng, d):
     weights, grad, m, v = (_normal(rng, d.n) for _ in range(4))
     state = np.array([0.5, np.square(grad, dtype=np.float64).sum(), d.taken, 0])
@@ -314,6 +319,12 @@ def _torch_mse(torch, pred, target, weight):
     diff = pred - target
     loss = torch.nn.functional.mse_loss(pred, target) if weight is None else (w * diff * diff).mean()
     return loss[None], w * diff * (2 / diff.numel())
+
+
+def _torch_sample_step(torch, x, pred, z, c, limit):
+    x0 = c[0] * x + c[1] * pred
+    x0 = x0.clip(-limit, limit) if limit else x0
+    return c[2] * x0 + c[3] * x + c[4] * z, x0
 
 
 def _torch_adam(torch, weights, grad, m, v, ema, state, lr, beta1, beta2, eps, clip, ema_decay):
@@ -440,6 +451,21 @@ CASES = {
         _BIG | dict(prediction="v"), _each(6), _torch_q_sample),
     "mse_loss": Case(
         _mse_loss, _SHAPES + _dims("shape weighted", "1 1, 3x5x7x3 1"), _BIG, _each(4), _torch_mse),
+    "cast": Case(
+        lambda rng, d: [_normal(rng, *d.shape), "float32"], _SHAPES, _BIG, lambda d: 0,
+        lambda t, x, dtype: x.clone()),
+    "gather_images": Case(
+        _gather, _dims("N B H W C", "1 1 1 1 1, 5 3 2 3 3, 9 12 7 6 1"), dict(N=2048, B=128, H=32, W=32, C=3),
+        lambda d: 2 * d.B * d.H * d.W * d.C,
+        lambda t, images, chosen, mirrored: t.where(
+            mirrored.bool().view(-1, 1, 1, 1), images[chosen].flip(2), images[chosen]) / 127.5 - 1),
+    "sample_step": Case(
+        lambda rng, d: [*_normals(3)(rng, d), _normal(rng, 5), d.limit],
+        _dims("shape limit", "1 1., 2x5x7x3 0., 3x100x111 1."), _BIG | dict(limit=1.0), _each(7),
+        _torch_sample_step),
+    "prepare_weights": Case(
+        lambda rng, d: [_normal(rng, d.n), "float32"], _dims("n", "1, 1000"), dict(n=35_746_304), lambda d: 0,
+        lambda t, flat, dtype: None, equal=False),
     "zero_grad": Case(
         _normals(1), _dims("shape", "1, 1000, 70016"), dict(shape=(35_746_304,)), lambda d: 0,
         lambda t, buffer: buffer.zero_()),

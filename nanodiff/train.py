@@ -39,6 +39,7 @@ FREE = {
     "data",
     "out",
     "device",
+    "dtype",
     "threads",
     "log_every",
     "sample_every",
@@ -71,6 +72,12 @@ class TrainSettings:
     ema: float | None = _setting(None, float, "largest decay of the averaged weights; 0: none", 0, 0.999999)
     seed: int = _setting(0, int, "of weights, order, noise and samples", 0, 2**64 - 1)
     device: str = _setting("cpu", str, "ref is slow plain NumPy", choices=("cpu", "gpu", "cuda", "ref"))
+    dtype: str | None = _setting(
+        None,
+        str,
+        "of activations on the GPU (default: bfloat16 where it has it)",
+        choices=("bfloat16", "float32"),
+    )
     threads: int | None = _setting(None, int, "CPU threads; the results do not depend on it", 1)
     size: tuple | None = _setting(None, tuple, "side or HxW to make the images (default: as they are)", 1)
     flip: bool = _setting(False, bool, "mirror half of the images, anew at every step")
@@ -208,14 +215,13 @@ def train_step(
     if key is None:
         key = (0, int(ctx.to_host(opt.state)[2:].sum()))
     x0 = ctx.to_device(x0)
-    # B times spread evenly over [0, T) from one random start: each is uniform, and together they make a
-    # gradient with less noise than B independent ones (Kingma et al. 2021, arXiv:2107.00630, appendix I.1)
-    B, start = len(x0), int(ctx.to_host(k.random_bits((1,), *key, TIME))[0])
-    t = np.array([((start + (i << 32) // B) % 2**32) * diff.timesteps >> 32 for i in range(B)])
+    B = len(x0)
+    t = spread_times(ctx.to_host(k.random_bits((1,), *key, TIME))[0], B, diff.timesteps)
     a, s = (ctx.to_device(scale) for scale in diff.scales(t))
     eps = ctx.to_device(k.normal(x0.shape, *key, NOISE))
     if offset_noise:
-        eps = eps + x0.dtype.type(offset_noise) * k.normal((B, 1, 1, x0.shape[3]), *key, OFFSET)
+        means = ctx.to_host(k.normal((B, 1, 1, x0.shape[3]), *key, OFFSET))
+        eps = ctx.to_device(ctx.to_host(eps) + x0.dtype.type(offset_noise) * means)
     if label_drop:
         drop = ctx.to_host(k.random_bits((B,), *key, LABEL)) < label_drop * 2**32
         labels = np.where(drop, model.config.num_class_embeds - 1, labels)
@@ -231,6 +237,15 @@ def train_step(
     model.backward(dout)
     opt.step(loss, lr=lr)
     return float(ctx.to_host(loss)[0])
+
+
+def spread_times(start, B, T):
+    """B times spread evenly over [0, T) from one random start, a 32-bit word: each is uniform, and together
+    they make a gradient with less noise than B independent ones (Kingma et al. 2021, arXiv:2107.00630,
+    appendix I.1)."""
+    import numpy as np
+
+    return np.array([((int(start) + (i << 32) // B) % 2**32) * T >> 32 for i in range(B)])
 
 
 def sample_images(
@@ -315,7 +330,7 @@ def train(settings=None):
     import numpy as np
     from tqdm import tqdm
 
-    from nanodiff import __version__, checkpoint, context, data, images, optim
+    from nanodiff import __version__, checkpoint, context, data, graph, images, optim
     from nanodiff.diffusion import Diffusion
     from nanodiff.unet import UNet
 
@@ -335,7 +350,7 @@ def train(settings=None):
         raise _error(f"label_drop = {s.label_drop}: must be 0 without --labels, and for data that has none")
     told = int(source.labels.max()) + 1 if s.labels else 0
     rows = told + (s.label_drop > 0)  # one more for "none"
-    model = UNet(unet_config(s, *shape, rows), device=s.device, seed=s.seed)
+    model = UNet(unet_config(s, *shape, rows), device=s.device, seed=s.seed, dtype=s.dtype)
     opt = optim.Adam(model.params, lr=s.lr, clip=s.clip or None, ema=s.ema or None)
     diff = Diffusion(s.timesteps, s.schedule, s.prediction, zero_snr=s.zero_snr, variance=s.variance)
     options = dict(min_snr=s.min_snr, offset_noise=s.offset_noise, label_drop=s.label_drop)
@@ -370,31 +385,45 @@ def train(settings=None):
             spent = time.perf_counter() - begun
             checkpoint.save_checkpoint(folder, step, model, opt, window=window, seconds=spent)
 
+        resident = None  # on the GPU: the data set, and the step as a graph, whose results come steps later
+        if model.ctx.device == "gpu" and not s.offset_noise and s.variance != "learned_range":
+            told_of = source.labels if s.labels else None
+            more = dict(min_snr=s.min_snr, label_drop=s.label_drop)
+            resident = graph.Training(
+                model, opt, diff, source.images, told_of, s.batch, s.seed, s.flip, **more
+            )
         begun, said, busy, fresh = time.perf_counter() - seconds, time.perf_counter(), 0.0, 0
-        skipped, kept = float(model.ctx.to_host(opt.state)[3]), step
+        skipped, kept, settled = float(model.ctx.to_host(opt.state)[3]), step, True
         with (
             _stop_asked() as asked,
             open(folder / "stats.jsonl", "a") as stats,
             tqdm(total=s.steps, initial=step, unit="step", disable=None) as bar,  # none without a terminal
         ):
-            while step < s.steps and not asked:
+            while step < s.steps and not (asked and settled):
                 start = time.perf_counter()
-                chosen = data.batch_indices(N, s.batch, step, s.seed)
-                x0, labels = source.images[chosen], source.labels[chosen] if s.labels else None
-                x0 = data.to_float(data.flip(x0, s.seed, step) if s.flip else x0)
                 lr = optim.learning_rate(step, s.steps, s.lr, s.warmup, s.decay)
-                loss = train_step(model, opt, diff, x0, labels, key=(s.seed, step), lr=lr, **options)
+                if resident:
+                    now = (step + 1) % s.log_every, (step + 1) % s.save_every, (step + 1) % s.sample_every
+                    settled = bool(asked) or step + 1 == s.steps or 0 in now  # all results must be here
+                    done = resident.step(step, lr, wait=settled)
+                else:
+                    chosen = data.batch_indices(N, s.batch, step, s.seed)
+                    x0, labels = source.images[chosen], source.labels[chosen] if s.labels else None
+                    x0 = data.to_float(data.flip(x0, s.seed, step) if s.flip else x0)
+                    loss = train_step(model, opt, diff, x0, labels, key=(s.seed, step), lr=lr, **options)
+                    _, norm2, _, count = map(float, model.ctx.to_host(opt.state))
+                    done = [(step, loss, norm2, count)]
                 step += 1
                 bar.update()
-                window.append(loss)
                 busy, fresh = busy + time.perf_counter() - start, fresh + 1
 
-                _, norm2, _, count = map(float, model.ctx.to_host(opt.state))
-                row, skipped = row + 1 if count > skipped else 0, count
-                if row == PATIENCE:
-                    which = f"steps {step - row + 1} to {step} had no finite loss or gradient"
-                    remedy = "train into another --out with a smaller --lr or --clip"
-                    raise _error(f"{which} (loss {loss}, lr {lr:g}) and changed no weight: {remedy}")
+                for at, loss, norm2, count in done:  # noqa: B007 (the last ones are used below)
+                    window.append(loss)
+                    row, skipped = row + 1 if count > skipped else 0, count
+                    if row == PATIENCE:
+                        which = f"steps {at - row + 2} to {at + 1} had no finite loss or gradient"
+                        remedy = "train into another --out with a smaller --lr or --clip"
+                        raise _error(f"{which} (loss {loss}, lr {lr:g}) and changed no weight: {remedy}")
                 if step % s.log_every == 0:
                     finite = [x for x in window if math.isfinite(x)] or [None]
                     mean = finite[0] and sum(finite) / len(finite)

@@ -231,7 +231,8 @@ class UNet:
     """The network of DDPM (Ho et al. 2020), parameter for parameter diffusers' UNet2DModel.
 
     config  a UNetConfig
-    device  "cpu", "gpu" (or "cuda"), or "ref": NumPy, which also runs in dtype float64
+    device  "cpu", "gpu" (or "cuda"), or "ref": NumPy
+    dtype   "float32"; also "bfloat16" on the GPU (its default), "float64" on "ref": see Context
     seed    of the initial weights, which are the same on every device
     init    "ddpm" (residual branches start at zero), "torch" (PyTorch's default), or None: names and shapes
             without memory, until params.allocate (checkpoint.py compares them with a file first)
@@ -318,12 +319,15 @@ class UNet:
             raise NanodiffError(
                 f"dropout = {self.config.dropout} needs key=(seed, step) to draw its noise from"
             )
+        return self._saving_forward(*self._checked(x, t, labels), key)
+
+    def _saving_forward(self, x, t, labels, key):
         for layer in self.layers:  # what a forward left that no backward followed
             layer._stack.clear()
         self.key, self.ctx.saving = key, True
         self._shape = None
         try:
-            out = self._forward(*self._checked(x, t, labels))
+            out = self._forward(x, t, labels)
         finally:
             self.ctx.saving = False
         self._shape = out.shape
@@ -335,10 +339,11 @@ class UNet:
 
     def _forward(self, x, t, labels):
         k = self.ctx.k
+        self.ctx.prepare_weights(self.params.data)
         emb = self.time.forward(t, labels)
         if self.config.center_input_sample:
             x = k.affine(x, 2, -1)
-        h = self.conv_in.forward(x)
+        h = self.conv_in.forward(self.ctx.narrow(x))
         skips = [h]
         for pairs, down in self.down:
             for resnet, attn in pairs:
@@ -361,7 +366,7 @@ class UNet:
             h = up.forward(h, emb) if up else h
         assert not skips
         h = self.norm_out.forward(h)
-        return self.conv_out.forward(h, again=self.norm_out.again)
+        return self.ctx.widen(self.conv_out.forward(h, again=self.norm_out.again))
 
     def backward(self, dout):
         """The gradient of x from that of the last forward's output; adds into params.grad."""
@@ -377,7 +382,7 @@ class UNet:
             )
         k = self.ctx.k
         widths, dskips, self.demb = list(self._widths), [], None
-        dh, _ = self.conv_out.backward(self.ctx.to_device(dout))
+        dh, _ = self.conv_out.backward(self.ctx.narrow(self.ctx.to_device(dout)))
         dh, _ = self.norm_out.backward(dh)
         for pairs, up in reversed(self.up):
             dh = self._block_backward(up, dh) if up else dh
@@ -403,7 +408,7 @@ class UNet:
         if self.config.center_input_sample:
             dx = k.affine(dx, 2, 0)
         self.time.backward(self.demb)
-        return dx
+        return self.ctx.widen(dx)
 
     def _block_backward(self, block, dout):
         dx, demb = block.backward(dout)
@@ -439,7 +444,7 @@ class UNet:
             raise NanodiffError(
                 f"t has shape {t.shape}, dtype {t.dtype}: must be {shape[0]} numbers, none below 0"
             )
-        return self.ctx.to_device(x), t, self._checked_labels(labels, shape[0])
+        return self.ctx.to_device(x), *self.ctx.numbers(t, self._checked_labels(labels, shape[0]))
 
     def _checked_labels(self, labels, B):
         kind, classes = self.config.class_embed_type, self.config.num_class_embeds

@@ -7,10 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+from emulator import COMPILER, Emulator
+
+from nanodiff.kernels import device_gpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,3 +96,75 @@ def test_scaling_leaves_out_what_would_take_too_long():
     assert [row["x"] for row in out["sweeps"][0]["points"]] == [1]
     assert out["sweeps"][0]["left_out"] == [2, 4, 8, 16, 32, 64]
     assert any("left out" in line and "64" in line for line in lines)
+
+
+# ---- bench/gpu.py, as far as it can be tested without a GPU ----
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    yield importlib.import_module("gpu")
+    device_gpu.use(None)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+def test_the_correctness_section_finds_all_right_on_the_emulated_device(gpu, capsys):
+    device_gpu.use(Emulator())
+    rows = gpu.correctness(gpu.TOY)
+    assert all(row["ok"] for row in rows), capsys.readouterr().out
+    assert {row["op"] for row in rows} >= {
+        "conv_backward",
+        "attention_backward",
+        "training_step",
+        "batch_of_one",
+    }
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    json.dumps(rows, default=float)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+def test_the_correctness_section_finds_what_is_wrong(gpu):
+    sign = "signal * x + noise * e", "signal * x - noise * e"
+    device_gpu.use(Emulator(edit=lambda text: text.replace(*sign)))
+    dims = dict(shape=(2, 5, 7, 3), prediction="v")
+    rows = [gpu.check_op("q_sample", dims, False)]
+    device_gpu.use(Emulator())
+    rows.append(gpu.check_op("q_sample", dims, False))
+    assert [row["ok"] for row in rows] == [False, True]
+
+
+def test_without_a_gpu_gpu_py_says_so():
+    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py"], capture_output=True, text=True)
+    if done.returncode != 2:
+        pytest.skip("there is a GPU")
+    assert done.stderr.count("\n") == 1 and "'gpu'" in done.stderr and not done.stdout
+
+
+def test_a_timed_part_of_a_recorded_call_leaves_the_rest_out(gpu, monkeypatch):
+    """dx and dweight are timed by recording a backward without the launches of the other."""
+    from host_backend import Recorder
+
+    from nanodiff import kernels
+
+    recorder = Recorder()
+    device_gpu.use(recorder)
+    monkeypatch.setitem(
+        sys.modules, "cupy", types.SimpleNamespace(cuda=types.SimpleNamespace(Event=0, get_elapsed_time=0))
+    )
+    monkeypatch.setattr(gpu, "timed", lambda call, *rest: 10.0)
+    k, empty = kernels.load("gpu"), device_gpu.empty
+    x, w, b = (
+        empty((2, 8, 8, 64), device_gpu.BF16),
+        empty((3, 3, 64, 64), np.float32),
+        empty((64,), np.float32),
+    )
+    device_gpu.register_shadow(w)
+
+    def backward():
+        k.conv_backward(x, x, w, 1, (1, 1), w, b)
+
+    seen = {}
+    for name, keep in (("all", None), ("dx", lambda s, kernel, d: d.get("LAYOUT") == "NT")):
+        recorder.calls.clear()
+        assert gpu.ours(backward, keep) == 1.0
+        seen[name] = [dict(defines).get("LAYOUT", kernel) for _, kernel, *_, defines in recorder.calls]
+    assert seen["dx"] == ["NT"] * 10 and seen["all"].count("NT") == 10 and seen["all"].count("TN") == 10

@@ -17,7 +17,9 @@ import safetensors.numpy
 from nanodiff import NanodiffError, checkpoint
 
 ROOT = Path(__file__).parents[1]
-PLAIN = SimpleNamespace(to_host=np.asarray, to_device=lambda array, dtype=None: np.asarray(array, dtype))
+PLAIN = SimpleNamespace(
+    to_host=np.asarray, to_device=lambda array, dtype=None: np.asarray(array, dtype), copy=np.copyto
+)
 
 
 class Params(dict):

@@ -60,6 +60,8 @@ def test_shapes_and_dtypes_agree_and_nothing_is_aliased(op):
     ref, cpu = (run(r, op, arguments) for r in ("ref", "cpu"))
     if op != "conv_prepare":  # its result is the rendition's own affair
         assert [(a.shape, a.dtype) for a in ref] == [(a.shape, a.dtype) for a in cpu]
+    if op == "cast":  # may hand back what it got
+        return
     args = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
     if op == "conv_forward":
         args[1] = CPU.conv_prepare(args[1], *args[0].shape[1:3], *args[3:5])

@@ -435,7 +435,7 @@ def test_a_network_is_asked_on_its_device_with_frozen_weights_and_gives_the_same
     log = []
 
     class Network:
-        ctx = types.SimpleNamespace(k=random_cpu, to_device=np.asarray, to_host=np.asarray)
+        ctx = types.SimpleNamespace(device="cpu", k=random_cpu, to_device=np.asarray, to_host=np.asarray)
 
         @contextlib.contextmanager
         def frozen(self):

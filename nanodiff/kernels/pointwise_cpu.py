@@ -3,7 +3,7 @@
 A chunk is a slice first: loops from 0 to the size of an array become SIMD loops, those over a range do not.
 
 SiLU on its own, time and class embeddings see arrays of a few thousand floats here: their NumPy definition is
-fast enough.
+fast enough. cast, gather_images and sample_step are there for the GPU.
 """
 
 import math
@@ -14,8 +14,11 @@ from nanodiff.kernels import parallel_cpu, pointwise_ref
 from nanodiff.kernels.parallel_cpu import empty, parallel, zeros
 from nanodiff.kernels.pointwise_ref import __all__ as OPS
 from nanodiff.kernels.pointwise_ref import (  # noqa: F401  (ops of this rendition too)
+    cast,
     embedding_backward,
     embedding_forward,
+    gather_images,
+    sample_step,
     time_embedding,
 )
 from nanodiff.kernels.pointwise_ref import mse_loss as weighted_mse_loss

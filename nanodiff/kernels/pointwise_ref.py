@@ -9,6 +9,7 @@ from nanodiff.kernels.random_ref import DROPOUT, random_bits
 __all__ = [
     "add", "affine", "activation_forward", "activation_backward", "modulate_forward", "modulate_backward",
     "time_embedding", "embedding_forward", "embedding_backward", "dropout", "q_sample", "mse_loss",
+    "cast", "gather_images", "sample_step",
 ]  # fmt: skip
 
 
@@ -150,3 +151,25 @@ def mse_loss(pred, target, weight=None):  # (B,...), (B,...), (B,) -> loss float
     w = diff.dtype.type(1) if weight is None else weight.reshape(-1, *[1] * (diff.ndim - 1))
     loss = np.array([(w * np.square(diff, dtype=np.float64)).mean()])
     return loss, w * diff * diff.dtype.type(2 / diff.size)
+
+
+def cast(x, dtype):
+    """x in another dtype, by name: "float32", "float64"; on the GPU also "bfloat16" (to nearest even)."""
+    return x.astype(dtype, copy=False)
+
+
+def gather_images(images, chosen, mirrored):  # uint8 (N,H,W,C), ints (B,), 0 or 1 (B,) -> float32 (B,H,W,C)
+    """images[chosen], turned left to right where `mirrored`, from 0 .. 255 to [-1, 1]."""
+    x = images[chosen]
+    x = np.where(mirrored.astype(bool)[:, None, None, None], x[:, :, ::-1], x)
+    return x / np.float32(127.5) - np.float32(1)
+
+
+def sample_step(x, pred, z, c, limit):  # three times (B,...), (5,) -> x of the next step, x0
+    """One step of a sampler, c = [wx, wp, w0, w, sigma]: x0 = wx x + wp pred, held in [-limit, limit] unless
+    limit is 0 (NaN stays NaN); the next x = w0 x0 + w x + sigma z.
+    """
+    wx, wp, w0, w, sigma = c
+    x0 = wx * x + wp * pred
+    x0 = x0.clip(-limit, limit) if limit else x0
+    return w0 * x0 + w * x + sigma * z, x0

@@ -5,8 +5,9 @@ import numpy as np
 
 from nanodiff.kernels.parallel_cpu import parallel
 from nanodiff.kernels.simd_cpu import at, zero_run
+from nanodiff.kernels.update_ref import prepare_weights  # noqa: F401  (nothing to do here either)
 
-__all__ = ["zero_grad", "squared_norm", "adam_update"]
+__all__ = ["zero_grad", "squared_norm", "adam_update", "prepare_weights"]
 
 CHUNK = 1 << 15
 f32 = np.float32

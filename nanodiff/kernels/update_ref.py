@@ -2,7 +2,7 @@
 
 import numpy as np
 
-__all__ = ["zero_grad", "squared_norm", "adam_update"]
+__all__ = ["zero_grad", "squared_norm", "adam_update", "prepare_weights"]
 
 
 def zero_grad(buffer):
@@ -37,3 +37,8 @@ def adam_update(weights, grad, m, v, ema, state, lr, beta1, beta2, eps, clip, em
     weights -= step_size * m / (np.sqrt(v) / np.sqrt(1 - beta2 ** state[2]) + eps)
     if ema.size:
         ema += (1 - min(ema_decay, (1 + n) / (10 + n))) * (weights - ema)
+
+
+def prepare_weights(flat, dtype):
+    """Whatever the rendition keeps of all weights beside them, brought up to date; on the GPU a copy in
+    `dtype`, "bfloat16"; here nothing."""
