@@ -25,7 +25,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "setuptools>=77"],
         "bench": ["torch>=2.6"],
-        "cuda12": ["cupy-cuda12x>=14", "nvidia-cuda-nvrtc-cu12"],  # one of the two, as the driver says
+        "cuda12": ["cupy-cuda12x>=14", "nvidia-cuda-nvrtc-cu12>=12.9"],  # one of the two, as the driver says
         "cuda13": ["cupy-cuda13x>=14", "nvidia-cuda-nvrtc"],
         "plot": ["matplotlib>=3.8"],
     },

@@ -1,6 +1,6 @@
 """Everything that needs a GPU to be known: are the kernels right on one, and how fast are they?
 
-    python bench/gpu.py                          # all sections, under ten minutes; writes bench_gpu.json
+    python bench/gpu.py                          # all sections; writes bench_gpu.json
     python bench/gpu.py --only correctness convs
     python bench/gpu.py --only step --network small --batch 128
 
@@ -8,14 +8,16 @@ correctness  every op at real shapes, in both dtypes, against the definition in 
              on the batch; recorded steps are the bits of eager ones and of a second run; a few losses against
              the CPU's
 convs        TFLOP/s of each convolution of DDPM's CIFAR-10 network, forward, dx and dweight, against cuDNN as
-             PyTorch calls it (bfloat16, channels_last, benchmark=True)
+             PyTorch calls it (bfloat16, channels_last, benchmark=True); either side from a graph
 step         the whole training step (noise, forward, loss, backward, clipping, Adam, average of the weights)
              against PyTorch: eager and torch.compile, bfloat16 autocast and TF32, channels_last; peak memory
 sample       a step of DDIM in the same way
 
 It needs NumPy, Numba, CuPy and this repository, and for the comparisons PyTorch; data are random. Ours run as
 recorded graphs, as in training; PyTorch as it comes, with reduce-overhead (CUDA graphs too) among its modes.
-A part that fails is reported in its place and the rest goes on. Without a GPU: one line, and exit code 2.
+A part that fails is reported in its place and the rest goes on; what would start after --minutes (8: a
+last torch.compile still ends within ten) is left out and named, and a second run with --only makes up for it.
+Without a GPU: one line, and exit code 2.
 The last line of stdout is the JSON object that the file holds too.
 """
 
@@ -42,6 +44,7 @@ from nanodiff.kernels.device_gpu import BF16  # noqa: E402
 from nanodiff.testing import CASES, WRITTEN, run  # noqa: E402
 
 SECTIONS = ("correctness", "convs", "step", "sample")
+END = [float("inf")]  # of the time in which a part may start, by time.perf_counter
 # height = width, channels in and out, kernel, stride: what the network of DDPM for CIFAR-10 is made of
 CONVS = (
     (32, 3, 128, 3, 1), (32, 128, 128, 3, 1), (32, 256, 128, 3, 1), (32, 384, 128, 3, 1), (32, 128, 3, 3, 1),
@@ -162,19 +165,40 @@ def op_cases(what):
         yield from (("adam_update", dims), ("squared_norm", dict(shape=(dims["n"],))))
 
 
+def late(what):
+    """Whether time is up; then it says that `what` and its like are left out."""
+    if time.perf_counter() > END[0]:
+        print(f"  left out, time is up: {what} and what follows", flush=True)
+        return True
+    return False
+
+
 def correctness(what=REAL):
     """Rows of ops, then of whole steps; each has `ok`."""
     capability, rows = device_gpu.capability(), []
     for op, dims in op_cases(what):
+        if late(op):
+            return rows
         for narrow in (False, True) if op.rpartition("_")[0] in MIXED or op in MIXED else (False,):
             if not narrow or capability >= 80:
-                rows.append(check_op(op, dims, narrow))
+                dtype = "bfloat16" if narrow else "float32"
+                rows.append(tried(check_op, op, dims, dtype, op, dims, narrow))
                 print_row(rows[-1])
     for dtype in ("float32", "bfloat16") if capability >= 80 else ("float32",):
-        for row in (whole_steps(what, dtype), batches(what, dtype)):
-            rows.append(row)
-            print_row(row)
+        for check in (whole_steps, batches):
+            rows.append(tried(check, check.__name__, {}, dtype, what, dtype))
+            print_row(rows[-1])
     return rows
+
+
+def tried(check, op, dims, dtype, *args):
+    """The row that check(*args) makes; one that says what happened where it cannot."""
+    try:
+        return check(*args)
+    except Exception as problem:
+        traceback.print_exc(limit=1)
+        dims = dims | dict(problem=f"{type(problem).__name__}: {problem}"[:300])
+        return dict(op=op, dims=dims, dtype=dtype, error=float("inf"), limit=0.0, ok=False)
 
 
 def print_row(row):
@@ -296,6 +320,8 @@ def convs(batch=128):
         f"  {'H C O K stride':<22} {'forward':>22} {'dx':>22} {'dweight':>22}   TFLOP/s: ours, cuDNN, ratio"
     )
     for H, C, O, K, stride in CONVS:
+        if late(f"{H} {C} {O} {K} {stride}"):
+            break
         pad = (0, 1) if stride == 2 else (K // 2, K // 2)
         out_side = (H + sum(pad) - K) // stride + 1
         x = device_gpu.upload(to_bfloat16(rng.standard_normal((batch, H, H, C), np.float32)))
@@ -319,13 +345,17 @@ def convs(batch=128):
         ms["dweight"] = ours(backward, lambda *launch: not is_dx(*launch))  # with dbias and demb
         flop = 2 * batch * out_side**2 * K * K * C * O
         row = dict(H=H, C=C, O=O, K=K, stride=stride, batch=batch, ms=ms)
+        device_gpu.backend().trim()  # what ours took in the recorded calls is PyTorch's now
         if torch:
-            row["torch_ms"] = torch_conv(torch, batch, H, C, O, K, stride, pad, out_side)
+            try:
+                row["torch_ms"] = torch_conv(torch, batch, H, C, O, K, stride, pad, out_side)
+            except Exception:  # out of memory, a PyTorch without CUDA: ours go on
+                traceback.print_exc(limit=1)
         words = []
         for way, t in ms.items():
             rate = flop / t / 1e9
             row[f"{way}_tflops"] = round(rate, 1)
-            if torch:
+            if "torch_ms" in row:
                 row[f"torch_{way}_tflops"] = round(flop / row["torch_ms"][way] / 1e9, 1)
                 words.append(
                     f"{rate:7.1f} {flop / row['torch_ms'][way] / 1e9:7.1f} {row['torch_ms'][way] / t:5.2f}x"
@@ -476,7 +506,10 @@ def whole(name, batch, modes, sampling=False):
         if p == "bfloat16" or m in (None, "default")
     ]
     rows = []
-    for side in sides:
+    for number, side in enumerate(sides):
+        if late(f"side {number + 1} of {len(sides)} of {name}"):
+            rows.append(dict(side="left out", error="time was up"))
+            break
         try:
             rows.append(side())
         except Exception as error:  # out of memory, a compiler that is not there: the rest goes on
@@ -505,6 +538,7 @@ def main():
         default=["default", "reduce-overhead"],
         help="of torch.compile (max-autotune is slow)",
     )
+    parser.add_argument("--minutes", type=float, default=8, help="start nothing later (default: %(default)s)")
     parser.add_argument("--out", default="bench_gpu.json", help="(default: %(default)s)")
     args = parser.parse_args()
     try:
@@ -513,6 +547,7 @@ def main():
         print(f"gpu.py: {problem}", file=sys.stderr)
         return 2
     begin = time.perf_counter()
+    END[0] = begin + 60 * args.minutes
     result = dict(gpu=backend.name, capability=backend.capability, processors=backend.processors)
     result |= dict(cupy=backend.cupy.__version__, numpy=np.__version__, python=platform.python_version())
     try:

@@ -24,7 +24,9 @@ parser.add_argument(
 )
 parser.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=32, help="images per step (default: %(default)s)")
-parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+parser.add_argument(
+    "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+)
 parser.add_argument("--samples", type=int, default=16, help="per row (default: %(default)s)")
 parser.add_argument("--out", default="guided.png", help="where they go (default: %(default)s)")
 args = parser.parse_args()

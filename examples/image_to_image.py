@@ -20,7 +20,9 @@ from nanodiff.kernels.random_ref import NOISE, normal
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", nargs="?", default="runs/glyphs", help="a run folder (default: %(default)s)")
 parser.add_argument("--steps", type=int, default=50, help="of a whole sampling (default: %(default)s)")
-parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+parser.add_argument(
+    "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+)
 parser.add_argument("--count", type=int, default=12, help="images (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
 parser.add_argument("--out", default="image_to_image.png", help="where they go (default: %(default)s)")

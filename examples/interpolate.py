@@ -20,7 +20,9 @@ from nanodiff.images import grid, save_png
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", nargs="?", default="runs/glyphs", help="a run folder (default: %(default)s)")
 parser.add_argument("--steps", type=int, default=50, help="of DDIM (default: %(default)s)")
-parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+parser.add_argument(
+    "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+)
 parser.add_argument("--pairs", type=int, default=6, help="how many walks (default: %(default)s)")
 parser.add_argument("--out", default="interpolate.png", help="where they go (default: %(default)s)")
 args = parser.parse_args()

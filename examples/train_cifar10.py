@@ -20,7 +20,9 @@ parser.add_argument(
 )
 parser.add_argument("--steps", type=int, default=100_000, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=64, help="images per step (default: %(default)s)")
-parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+parser.add_argument(
+    "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+)
 parser.add_argument("--samples", type=int, default=64, help="images in the end (default: %(default)s)")
 parser.add_argument("--out", default="cifar10.png", help="where they go (default: %(default)s)")
 parser.add_argument("--full", action="store_true", help="the network of the DDPM paper")

@@ -18,7 +18,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--data", default="mnist", help="mnist (is downloaded), or a folder with its four files")
 parser.add_argument("--steps", type=int, default=3800, help="training steps (default: %(default)s)")
 parser.add_argument("--batch", type=int, default=32, help="images per step (default: %(default)s)")
-parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+parser.add_argument(
+    "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+)
 parser.add_argument("--samples", type=int, default=64, help="images in the end (default: %(default)s)")
 parser.add_argument("--out", default="mnist.png", help="where they go (default: %(default)s)")
 args = parser.parse_args()

@@ -95,7 +95,9 @@ def picture(points, upper, side=400, view=1.6):  # -> uint8 (side, side, 3), `up
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
     parser.add_argument("--out", default="two_moons.gif", help="the animation (default: %(default)s)")
     args = parser.parse_args()

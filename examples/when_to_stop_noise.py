@@ -19,7 +19,9 @@ import nanodiff as nd
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=3000, help="training steps (default: %(default)s)")
-parser.add_argument("--device", default="cpu", help="cpu, gpu or ref (default: %(default)s)")
+parser.add_argument(
+    "--device", type=nd.usable_device, default="cpu", help="cpu, gpu or ref (default: %(default)s)"
+)
 parser.add_argument("--seed", type=int, default=0, help="of all that is random (default: %(default)s)")
 parser.add_argument("--points", type=int, default=1000, help="drawn for each row (default: %(default)s)")
 args = parser.parse_args()

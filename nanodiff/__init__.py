@@ -25,6 +25,7 @@ _HOME = {
     "set_threads": "context",
     "step_list": "samplers",
     "train_step": "train",
+    "usable_device": "context",
 }
 __all__ = sorted(_HOME)
 

@@ -110,6 +110,17 @@ class Context:
         return new
 
 
+def usable_device(name):
+    """`name`, for argparse's `type=`: of a device that this machine lacks, one line says what was missed."""
+    import argparse
+
+    try:
+        Context(name)
+    except NanodiffError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
 def set_threads(n):
     """Use `n` CPU threads in every kernel from now on (1 up to what NUMBA_NUM_THREADS or the machine
     allows)."""

@@ -168,3 +168,11 @@ def test_a_timed_part_of_a_recorded_call_leaves_the_rest_out(gpu, monkeypatch):
         assert gpu.ours(backward, keep) == 1.0
         seen[name] = [dict(defines).get("LAYOUT", kernel) for _, kernel, *_, defines in recorder.calls]
     assert seen["dx"] == ["NT"] * 10 and seen["all"].count("NT") == 10 and seen["all"].count("TN") == 10
+
+
+def test_nothing_starts_when_time_is_up(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "END", [0.0])
+    device_gpu.use(Emulator())
+    assert gpu.correctness(gpu.TOY) == [] and "left out, time is up" in capsys.readouterr().out
+    rows = gpu.whole("small", 2, [])["rows"]
+    assert [row["side"] for row in rows] == ["left out"]

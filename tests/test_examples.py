@@ -46,6 +46,21 @@ USES = {  # of a trained model: what is printed
 IMAGE_SETS = {"train_mnist.py": (mnist_folder, 28), "train_cifar10.py": (cifar10_folder, 32)}
 
 
+@pytest.mark.parametrize("name", ["two_moons.py", "guided.py"])
+def test_without_a_gpu_one_line_says_what_was_looked_for(name, tmp_path):
+    try:
+        nd.Context("gpu")
+    except nd.NanodiffError as error:
+        says = str(error)
+    else:
+        pytest.skip("there is a GPU")
+    command = [sys.executable, ROOT / "examples" / name, "--device", "gpu"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith(says)
+
+
 def test_every_example_has_a_test():
     others = {"two_moons.py", "steps_needed.py", "when_to_stop_noise.py", "guided.py"}
     assert set(SCRIPTS) == {*IMAGE_SETS, *USES, *others}

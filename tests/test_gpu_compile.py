@@ -98,7 +98,9 @@ def compiled(arch, source, defines):
     log = io.StringIO()
     program = compiler._NVRTCProgram(device_gpu.source_text(source), source, method="cubin")
     macros = (f"-D{name}={value}" for name, value in defines)
-    program.compile(("-std=c++17", f"-arch=sm_{arch}", "--ptxas-options=-v", *macros), log)
+    cupys = "-ftz=true", f"-arch=sm_{arch.rstrip('a')}", "--device-as-default-execution-space"
+    ours = ("-arch=sm_90a",) if arch == "90a" else ()
+    program.compile(("-std=c++17", *ours, *macros, *cupys, "--ptxas-options=-v"), log)
     text, found = log.getvalue(), {}
     for part in re.split("Compiling entry function ", text)[1:]:
         used = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill|cumulative)", part)]

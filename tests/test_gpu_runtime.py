@@ -622,6 +622,14 @@ def test_memory_that_does_not_suffice_is_one_line_after_the_pool_was_emptied(dri
     assert device_gpu.empty((8192,), np.uint8).nbytes == 8192
 
 
+def test_a_compiler_that_takes_one_architecture_only_makes_no_wgmma(driver):
+    found = driver()
+    for version, capability in (((12, 8), 80), ((12, 9), 90)):
+        device_gpu.use(None)
+        found.cupy.cuda.nvrtc = SimpleNamespace(getVersion=lambda v=version: v)
+        assert device_gpu.capability() == capability
+
+
 @compiles
 def test_the_limit_of_shared_memory_is_that_of_the_largest_launch(driver):
     driver()
