@@ -1,15 +1,19 @@
 """The whole training step, nanodiff against PyTorch: forward, mean squared error, backward, Adam.
 
     python bench/train_step.py --network small                      # nanodiff and two PyTorch modes in turns
-    python bench/train_step.py --network all --compile --forward-only
+    python bench/train_step.py --network all --compile --forward-only --sampling
+    python bench/train_step.py --forward-only --engines             # OpenVINO and ONNX Runtime too
     python bench/train_step.py --cold --warm                        # start-up times instead
 
 Every turn of every side is a process of its own, with `--threads` threads; sides take turns A B C A B C; the
 median over all steps of all turns counts. Float32, random data, no clipping, no EMA; PyTorch's Adam is fused.
+--sampling is one batch by DDIM in 50 steps; engines, which only infer, are told to compute in float32.
 The last line of stdout is one JSON object.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -24,6 +28,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+KINDS, ENGINES = ("step", "forward", "sampling"), ("openvino", "onnxruntime")
+STEPS = 50  # of DDIM
 BATCH = {"cifar10": 8, "small": 32, "mid64": 8}
 NETWORKS = {
     "cifar10": dict(  # google/ddpm-cifar10-32, 35.7M weights
@@ -72,7 +78,7 @@ def random_batch(config, batch):
 
 
 def nanodiff_side(config, batch):
-    """step(), forward(), the context that forward runs in, versions"""
+    """{kind: what to time}, the context that all but steps run in, versions"""
     import numba
 
     import nanodiff as nd
@@ -91,11 +97,30 @@ def nanodiff_side(config, batch):
         return float(loss[0])
 
     versions = {"nanodiff": nd.__version__, "numba": numba.__version__}
-    return step, lambda: model.predict(x, t), model.frozen(), versions
+    calls = {
+        "step": step,
+        "forward": lambda: model.predict(x, t),
+        "sampling": lambda: nd.ddim_sample(model, nd.Diffusion(), x.shape, steps=STEPS),
+    }
+    return calls, model.frozen(), versions
+
+
+def ddim(model, x):
+    """What nd.ddim_sample does, on PyTorch's tensors."""
+    import torch
+
+    import nanodiff as nd
+
+    diff = nd.Diffusion()
+    for t, p in nd.step_list(diff.timesteps, STEPS):
+        wx, wp = diff.x0_weights(diff.alpha_bar[t] ** 0.5, (1 - diff.alpha_bar[t]) ** 0.5)
+        w0, w, _ = diff.step_back(t, p, 0.0)
+        x = w0 * (wx * x + wp * model(x, torch.full((len(x),), t))).clip(-1, 1) + w * x
+    return x
 
 
 def torch_side(config, batch, channels_last, compiled, threads):
-    """step(), forward(), the context that forward runs in, versions"""
+    """As nanodiff_side."""
     import baseline_torch
     import torch
 
@@ -112,7 +137,50 @@ def torch_side(config, batch, channels_last, compiled, threads):
         opt.step()
         return loss.item()
 
-    return step, lambda: model(x, t), torch.inference_mode(), {"torch": torch.__version__}
+    calls = {"step": step, "forward": lambda: model(x, t), "sampling": lambda: ddim(model, x)}
+    return calls, torch.inference_mode(), {"torch": torch.__version__}
+
+
+def engine_side(name, config, batch, threads):
+    """As nanodiff_side, of an engine that only infers, given PyTorch's network; its answer is checked."""
+    import baseline_torch
+    import torch
+
+    model, _ = baseline_torch.build(config, channels_last=False, compiled=False)
+    model.eval()
+    x, _, t = random_batch(config, batch)
+    x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    inputs = torch.from_numpy(x), torch.from_numpy(t)
+    with torch.inference_mode():
+        expected = model(*inputs).numpy()
+    if name == "openvino":
+        import openvino
+
+        options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        graph = openvino.convert_model(model, example_input=inputs)
+        compiled = openvino.compile_model(graph, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+        version = openvino.__version__.split("-")[0]
+
+        def forward():
+            return compiled([x, t])[0]
+    else:
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/unet.onnx"
+            torch.onnx.export(model, inputs, path, dynamo=True, verbose=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names, version = [i.name for i in session.get_inputs()], onnxruntime.__version__
+
+        def forward():
+            return session.run(None, dict(zip(names, (x, t))))[0]
+
+    off = np.linalg.norm(forward() - expected) / np.linalg.norm(expected)
+    if not off < 1e-3:
+        sys.exit(f"{name} answers something else than PyTorch: off by {off:.1e}")
+    return {"forward": forward}, contextlib.nullcontext(), {name: version, "torch": torch.__version__}
 
 
 def timed(call, warmup, count):
@@ -129,15 +197,19 @@ def run_side(args):
     """One turn of one side, in this process; prints its JSON."""
     config = NETWORKS[args.network]
     if args.side == "nanodiff":
-        step, forward, inference, versions = nanodiff_side(config, args.batch)
+        calls, inference, versions = nanodiff_side(config, args.batch)
+    elif args.side in ENGINES:
+        calls, inference, versions = engine_side(args.side, config, args.batch, args.threads)
     else:
         layout, compiled = "channels_last" in args.side, "compile" in args.side
-        step, forward, inference, versions = torch_side(config, args.batch, layout, compiled, args.threads)
-    out = {"step": timed(step, args.warmup, args.steps)}
+        calls, inference, versions = torch_side(config, args.batch, layout, compiled, args.threads)
+    out = {"step": timed(calls["step"], args.warmup, args.steps)} if "step" in calls else {}
     out["rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if args.forward_only:
-        with inference:
-            out["forward"] = timed(forward, args.warmup, args.steps)
+    with inference:
+        if args.forward_only:
+            out["forward"] = timed(calls["forward"], args.warmup, args.steps)
+        if args.sampling and "sampling" in calls:
+            out["sampling"] = timed(calls["sampling"], 0, 2)
     print(json.dumps(out | {"versions": versions | {"numpy": np.__version__}}))
 
 
@@ -174,36 +246,43 @@ def compare(network, batch, args):
     modes = ["torch", "torch channels_last"]
     if args.compile:
         modes += [f"{mode} compile" for mode in modes]
+    if args.engines and args.forward_only:
+        modes += [name for name in ENGINES if importlib.util.find_spec(name)]
     sides = [side for side in ("nanodiff", *modes) if args.only is None or side in args.only]
     runs = {side: [] for side in sides}
     options = ["--network", network, "--batch", batch, "--steps", args.steps, "--warmup", args.warmup]
     for turn in range(args.turns):
         for side in sides:
-            runs[side].append(
-                child([*options, "--side", side] + ["--forward-only"] * args.forward_only, args.threads)
-            )
-            print(
-                f"turn {turn + 1}: {side} {statistics.median(runs[side][-1]['step']):.1f} ms", file=sys.stderr
-            )
+            more = ["--forward-only"] * args.forward_only + ["--sampling"] * args.sampling
+            runs[side].append(child([*options, "--side", side, *more], args.threads))
+            said = [
+                f"{kind} {statistics.median(runs[side][-1][kind]):.1f} ms"
+                for kind in KINDS
+                if kind in runs[side][-1]
+            ]
+            print(f"turn {turn + 1}: {side}: {', '.join(said)}", file=sys.stderr)
 
     size, channels = NETWORKS[network]["sample_size"], NETWORKS[network]["in_channels"]
     shape = f"{batch}x{size}x{size}x{channels}"
     print(f"\n{network}, {shape}, {args.turns} turns of {args.steps} steps after {args.warmup}")
     result = {"network": network, "batch": batch, "sides": {}}
-    for kind in ["step", "forward"] if args.forward_only else ["step"]:
-        medians = {s: statistics.median(ms for run in runs[s] for ms in run[kind]) for s in sides}
-        best = min((medians[s] for s in sides if s != "nanodiff"), default=float("nan"))
+    for kind in KINDS:
+        have = [s for s in sides if kind in runs[s][0]]
+        if not have:
+            continue
+        medians = {s: statistics.median(ms for run in runs[s] for ms in run[kind]) for s in have}
+        best = min((medians[s] for s in have if s.startswith("torch")), default=float("nan"))
         print(
             f"  {kind:<28} {'ms':>9} {'turns: lowest .. highest':>26} {'best torch / it':>16} {'peak MB':>8}"
         )
-        for s in sides:
+        for s in have:
             turns = sorted(statistics.median(run[kind]) for run in runs[s])
             rss = max(run["rss_mb"] for run in runs[s])
             spread = f"{turns[0]:.1f} .. {turns[-1]:.1f}"
             print(f"  {s:<28} {medians[s]:9.1f} {spread:>26} {best / medians[s]:15.2f}x {rss:8.0f}")
             side = result["sides"].setdefault(s, {"rss_mb": round(rss)})
             side |= {f"{kind}_ms": round(medians[s], 2), f"{kind}_ms_turns": [round(ms, 2) for ms in turns]}
-        if "nanodiff" in sides and len(sides) > 1:
+        if "nanodiff" in have and best == best:
             result[f"{kind}_ratio"] = round(best / medians["nanodiff"], 3)
     result["versions"] = {k: v for s in sides for k, v in runs[s][0]["versions"].items()}
     return result
@@ -256,6 +335,8 @@ def main():
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--forward-only", action="store_true", help="also measure the forward as in sampling")
+    parser.add_argument("--sampling", action="store_true", help="also a batch by DDIM in 50 steps")
+    parser.add_argument("--engines", action="store_true", help="with --forward-only: OpenVINO, ONNX Runtime")
     parser.add_argument("--compile", action="store_true", help="add PyTorch's compiled modes")
     parser.add_argument(
         "--only", nargs="+", metavar="SIDE", help='for example: --only torch "torch channels_last"'
