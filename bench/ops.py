@@ -258,7 +258,7 @@ def whole_step(step, torch_side):
     """Milliseconds of step() and of PyTorch's, from the arguments of train_step.torch_side or None."""
     sides = {"step_ms": step}
     if torch_side:
-        sides["torch_step_ms"] = train_step.torch_side(*torch_side)[0]
+        sides["torch_step_ms"] = train_step.torch_side(*torch_side)[0]["step"]
     times = {side: [] for side in sides}
     for _ in range(2):
         for side, call in sides.items():
@@ -409,13 +409,14 @@ def main():
     called, tables = set(), []
     for name in NETWORKS if args.network == "all" else [args.network]:
         config, batch = NETWORKS[name], BATCH[name]
-        step, _, _, result["versions"] = train_step.nanodiff_side(config, batch)
+        made, _, result["versions"] = train_step.nanodiff_side(config, batch)
+        step = made.pop("step")
         calls = watched(step)
         called |= {op for op, _ in calls}
         entry = {"network": name, "batch": batch}
         if args.op == [""]:
             entry |= whole_step(step, torch and (config, batch, True, False, args.threads))
-        del step  # and its network
+        del step, made  # and its network
         rows = [
             measure(op, dict(dims), torch, machine, args.seconds) | {"calls": count}
             for (op, dims), count in calls.items()

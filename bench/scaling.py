@@ -76,9 +76,11 @@ def serve(side, threads):
         if warmup:
             point, step = wanted, None  # the network of the last point makes room
             if side == "nanodiff":
-                step = train_step.nanodiff_side(*point)[0]
+                step = train_step.nanodiff_side(*point)[0]["step"]
             else:
-                step = train_step.torch_side(*point, channels_last=True, compiled=False, threads=threads)[0]
+                step = train_step.torch_side(*point, channels_last=True, compiled=False, threads=threads)[0][
+                    "step"
+                ]
         print(json.dumps(train_step.timed(step, warmup, steps)), flush=True)
 
 

@@ -1,6 +1,7 @@
 """The scripts in bench/ that make tables: what they print, and that they time what a training step calls."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import json
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from emulator import COMPILER, Emulator
 
+import nanodiff as nd
 from nanodiff.kernels import device_gpu
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,7 @@ def test_ops_times_what_a_step_calls(monkeypatch):
     for op in CASES:
         monkeypatch.setattr(k, op, watch(op, getattr(k, op)))
     config = ops.NETWORKS["small"] | {"block_out_channels": (8, 16, 24), "sample_size": 8}
-    calls = ops.watched(ops.train_step.nanodiff_side(config, 2)[0])
+    calls = ops.watched(ops.train_step.nanodiff_side(config, 2)[0]["step"])
     assert sum(calls.values()) == sum(map(len, seen.values())) > 100
     own = {"lr", "eps"}  # CASES has values of its own, which cost the same
     for op, dims in calls:
@@ -176,3 +178,13 @@ def test_nothing_starts_when_time_is_up(gpu, monkeypatch, capsys):
     assert gpu.correctness(gpu.TOY) == [] and "left out, time is up" in capsys.readouterr().out
     rows = gpu.whole("small", 2, [])["rows"]
     assert [row["side"] for row in rows] == ["left out"]
+
+
+def test_ddim_on_tensors_is_ours(monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    train_step = importlib.import_module("train_step")
+    x = np.random.default_rng(0).standard_normal((2, 4, 4, 1), dtype=np.float32)
+    ours = nd.ddim_sample(lambda x, t: np.tanh(x), nd.Diffusion(), x.shape, steps=50, start=x)
+    theirs = train_step.ddim(lambda x, t: torch.tanh(x), torch.from_numpy(x)).numpy()
+    assert np.abs(ours - theirs).max() < 1e-4  # the first step multiplies roundings by 20,000, then clips
