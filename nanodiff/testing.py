@@ -107,10 +107,11 @@ def run(rendition, op, arguments, dtype=np.float32):
 def product_error(n, winograd=False):
     """Relative RMS error to allow a sum of n products of weights and activations: `rounding`, or 1e-5 where
     they are made of bfloat16 on a matrix unit (4e-6, tiles_cpu.py) or by Winograd (3e-6: its constants
-    scale by up to 8)."""
+    scale by up to 8). Where both (9.9e-6, amx_winograd_cpu.py) 5 % more: what the RMS of so few elements as
+    in a test may be off by."""
     from nanodiff.kernels.parallel_cpu import AMX
 
-    return max(rounding(n), 1e-5 * bool(winograd or AMX))
+    return max(rounding(n), 1.05e-5 if winograd and AMX else 1e-5 if winograd or AMX else 0)
 
 
 def unit_floor():
@@ -365,7 +366,8 @@ _CONVS = _dims(
     1 5 12 32 16 3 1 11 -, 1 2 3 48 48 3 1 11 e, 2 8 6 16 16 3 2 11 -, 1 7 5 3 5 3 2 11 r, 1 1 1 1 3 3 2 11 -,
     5 4 6 48 32 3 2 11 e, 2 8 6 16 24 3 2 01 er, 1 7 5 5 3 3 2 01 -, 2 2 2 32 16 3 2 01 e,
     2 9 6 1 48 3 2 01 -, 3 5 7 24 48 1 1 00 er, 1 8 8 48 16 1 1 00 -, 2 3 1 5 3 1 2 00 -,
-    1 4 5 16 16 1 1 01 -, 2 6 7 3 5 5 1 22 e, 1 6 9 3 16 2 2 00 -, 1 9 10 3 5 4 3 22 r""",
+    1 4 5 16 16 1 1 01 -, 2 6 7 3 5 5 1 22 e, 1 6 9 3 16 2 2 00 -, 1 9 10 3 5 4 3 22 r,
+    2 9 16 64 32 3 1 11 er, 1 9 20 32 96 3 1 11 r, 3 16 16 160 64 3 1 11 e, 10 32 32 32 32 3 1 11 er""",
 )
 _CONV = dict(B=8, H=32, W=32, C=128, O=128, K=3, stride=1, pad=(1, 1), plus="e")
 _NORMS = _dims(

@@ -387,3 +387,20 @@ def test_config_survives_a_round_trip():
     assert UNetConfig.from_dict(config.to_dict() | dict(_class_name="UNet2DModel", unknown=1)) == config
     assert config.stride == 8 and UNetConfig(sample_size=[8, 12]).sample_size == (8, 12)
     assert UNetConfig.from_dict({}).block_out_channels == (224, 448, 672, 896)
+
+
+def test_no_memory_is_taken_after_the_first_step(monkeypatch):
+    """What a step needs is there from the step before: kernels ask parallel_cpu for memory, which asks NumPy."""
+    config = nd.UNetConfig(block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                           up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    model = nd.UNet(config)
+    opt, diff = nd.Adam(model.params, clip=1.0, ema=0.99), nd.Diffusion()
+    x0 = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32, 1)).astype(np.float32)
+    nd.train_step(model, opt, diff, x0)
+    taken = []
+    monkeypatch.setattr(parallel_cpu, "_cut", lambda size: taken.append(size) or (None, 0))
+    for _ in range(3):
+        try:
+            nd.train_step(model, opt, diff, x0)
+        finally:
+            assert taken == []

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanodiff.kernels import parallel_cpu
-from nanodiff.kernels.parallel_cpu import empty, njit, parallel
+from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
 from nanodiff.kernels.simd_cpu import at, shift, table_at
 from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, tile_product, transpose16
 
@@ -271,7 +271,7 @@ def products(plan, x, weight, bias, out, residual=None):
     more = NONE if residual is None else residual.reshape(-1)
     line_products(
         jobs, x, plan.source, weight, steps, ends, plan.starts, plan.rows, plan.run, bias, more, out,
-        empty((threads, words + 1024)), numbers,
+        scratch(words + 1024), numbers,
     )  # fmt: skip
 
 
@@ -323,13 +323,14 @@ def _taps(taps):
     return np.array([tap for members in taps for _, _, tap in members], np.int64), ends
 
 
-def tile_weights(weight, plan, turned=False):
+def tile_weights(weight, plan, turned=False, keep=False):
     """Weights (taps, C, O) as tiles of B, (panels, blocks, taps, STEP), as the plan reads them; turned: for
-    dx."""
+    dx. Unless they are to be kept, the next ones go into the same memory."""
     (_, C, O), (taps, ends) = weight.shape, _taps(plan.taps)
     blocks, panels = (-(-n // 32) for n in ((O, C) if turned else (C, O)))
-    out, scratch = empty((panels, blocks, len(taps), STEP)), empty((parallel_cpu.threads(), 1536))
-    split_weights(panels * blocks, weight, taps, ends, int(turned), out, scratch)
+    shape = panels, blocks, len(taps), STEP
+    out = empty(shape) if keep else shared("weights", shape)
+    split_weights(panels * blocks, weight, taps, ends, int(turned), out, scratch(1536))
     return out
 
 
@@ -363,9 +364,10 @@ def gradient_products(
 
     Operands are made `chunk` steps of 32 positions at a time, by the thread that multiplies them: from the L2
     cache of another core they would come at a fraction of the rate. Of these, DEEP steps are multiplied for
-    all taps before the next ones are, so that they are still in the L1 cache.
+    all taps before the next ones are, so that they are still in the L1 cache. Sums of a single split are made
+    in dweight itself (`there`) where its blocks are whole; `odd`: whether some tap is an odd distance away.
     """
-    total, chunk, sets, length, span, area = numbers
+    total, chunk, sets, length, span, area, odd, there = numbers
     C, O, T, (splits, units, _) = x.shape[1], dout.shape[1], taps.shape[0], partial.shape
     lines, blocks, panels = source.shape[0], (C + 31) // 32, (O + 31) // 32
     split, o0, o1 = job // sets, job % sets * panels // sets, (job % sets + 1) * panels // sets
@@ -389,17 +391,18 @@ def gradient_products(
                 to = xt + (line * chunk + k) * blocks * 1024
                 for c in range(C // 16 * 2):
                     transpose16(at(scratch, half + c * 256), 16, at(scratch, to + c * 256))
-        for e in range(2 * length - (chunk - count) * 32):
+        for e in range(0, 2 * length - (chunk - count) * 32, 2 - odd):
             first, second = target[k0 * 32 + e], target[k0 * 32 + e + 1]
             a = at(dout, first * O) if first >= 0 else at(zero, 0)
             b = at(dout, second * O) if second >= 0 else at(zero, 0)
             for o in range(2 * o0, min(2 * o1, O // 16)):
                 to = at(scratch, pairs + (((o - 2 * o0) * 2 + e % 2) * length + e // 2) * 32)
                 split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16))
-            if (first >= 0) & (e >= span) & (e < span + count * 32):
-                for o in range(2 * o0, min(2 * o1, O // 16)):
-                    total_o = at(sums, ((split * sums.shape[1] + first // area) * O) + o * 16)
-                    add_runs(shift(a, o * 16), at(zero, 0), total_o, total_o)
+        for e in range(span, span + count * 32):
+            row = target[k0 * 32 + e]
+            for o in range(2 * o0, min(2 * o1, O // 16) if row >= 0 else 0):
+                total_o = at(sums, ((split * sums.shape[1] + row // area) * O) + o * 16)
+                add_runs(at(dout, row * O + o * 16), at(zero, 0), total_o, total_o)
         for c in range(blocks):
             for o in range(o0, o1):
                 for k in range(0, count, DEEP):
@@ -409,15 +412,20 @@ def gradient_products(
                         a = at(scratch, xt + ((line * chunk + k) * blocks + c) * 1024)
                         b = at(scratch, pairs + ((4 * (o - o0) + e % 2) * length + e // 2 + 16 * k) * 32)
                         unit = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
-                        before, row, far = unit, 16, 256
-                        if (k0 == split * total // splits) & (k == 0):
-                            before, row, far = at(zero, 0), 0, 0
+                        to_row, to_half, down = 16, 256, 512
+                        if there:
+                            unit = at(dweight, (taps[t, 2] * C + c * 32) * O + o * 32)
+                            to_row, to_half, down = O, 16, 16 * O
+                        before, row, far, below = unit, to_row, to_half, down
+                        if (k0 == split * total // splits) & (k == 0) & (there == 0):
+                            before, row, far, below = at(zero, 0), 0, 0, 0
                         tile_product(
                             a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length,
-                            before, shift(before, 2 * far), row, far, unit, shift(unit, 512), 16, 256, depth,
+                            before, shift(before, below), row, far, unit, shift(unit, down), to_row, to_half,
+                            depth,
                         )  # fmt: skip
     end()
-    if splits == 1:
+    if (splits == 1) & (there == 0):
         for c in range(blocks):
             add_tiles(partial, taps, dweight, c, o0, o1, zero)
 
@@ -440,10 +448,11 @@ def _gradient_layout(plan, C, O, area):
     wide = -(-panels // sets)
     chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * wide))))
     length = chunk * 16 + (plan.span + 1) // 2
-    scratch = 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32
+    words = 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32
     steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
-    numbers = np.array([total, chunk, sets, length, plan.span, area], np.int64)
-    return sets, (splits, blocks * panels * T, STEP), scratch, steps, numbers
+    odd, there = (plan.back[:, 1] % 2).any(), splits == 1 and C % 32 == 0 and O % 32 == 0
+    numbers = np.array([total, chunk, sets, length, plan.span, area, odd, there], np.int64)
+    return sets, (splits, blocks * panels * T, STEP), words, steps, numbers
 
 
 def weight_products(plan, x, dout, dweight, area):
@@ -452,12 +461,12 @@ def weight_products(plan, x, dout, dweight, area):
     A fixed number of partial sums, added in order: the same bits for any number of threads."""
     (_, C, O), x, dout = dweight.shape, _padded(x), _padded(dout)
     sets, units, size, steps, numbers = _gradient_layout(plan, C, O, area)
-    partial, scratch = empty(units), empty((parallel_cpu.threads(), size))
+    partial = shared("partial", units)
     zero = np.zeros(32 * -(-max(C, O) // 32), np.float32)
     sums = np.zeros((units[0], -(-len(dout) // area), dout.shape[1]), np.float32)
     gradient_products(
-        units[0] * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums, scratch,
-        zero, numbers,
+        units[0] * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums,
+        scratch(size), zero, numbers,
     )  # fmt: skip
     if units[0] > 1:
         add_gradients(-(-C // 32), partial, plan.back, dweight, zero)

@@ -7,8 +7,7 @@ array exists. Right-hand sides are first packed in the order in which the produc
 
 import numpy as np
 
-from nanodiff.kernels import parallel_cpu
-from nanodiff.kernels.parallel_cpu import AMX, empty, njit, parallel
+from nanodiff.kernels.parallel_cpu import AMX, empty, njit, parallel, scratch
 from nanodiff.kernels.random_cpu import log
 from nanodiff.kernels.simd_cpu import PANEL, ROWS, ROWS_T, at, exp, exp_sum, largest, make_product
 
@@ -204,8 +203,8 @@ def attention_forward(q, k, v, heads):
     B, N, C = q.shape
     out, lse = empty(q.shape), empty((B, heads, N))
     NP, DP, spare, some, steps = _sizes(N, C // heads)
-    scratch = empty((parallel_cpu.threads(), 3 * NP * DP + QUERIES * (2 * DP + NP + 1) + spare))
-    forward(B * -(-heads // some), q, k, v, out, lse, heads, some, steps, scratch)
+    room = scratch(3 * NP * DP + QUERIES * (2 * DP + NP + 1) + spare)
+    forward(B * -(-heads // some), q, k, v, out, lse, heads, some, steps, room)
     return out, lse
 
 
@@ -213,6 +212,6 @@ def attention_backward(dout, q, k, v, out, lse, heads):
     B, N, C = q.shape
     dq, dk, dv = empty(q.shape), empty(q.shape), empty(q.shape)
     NP, DP, spare, some, steps = _sizes(N, C // heads)
-    scratch = empty((parallel_cpu.threads(), 5 * NP * DP + QUERIES * (3 * DP + 2 * NP) + spare))
-    backward(B * -(-heads // some), dout, q, k, v, out, lse, dq, dk, dv, heads, some, steps, scratch)
+    room = scratch(5 * NP * DP + QUERIES * (3 * DP + 2 * NP) + spare)
+    backward(B * -(-heads // some), dout, q, k, v, out, lse, dq, dk, dv, heads, some, steps, room)
     return dq, dk, dv

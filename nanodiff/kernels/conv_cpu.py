@@ -1,12 +1,13 @@
-"""Convolutions on the CPU: on the matrix unit if there is one (amx_cpu.py), else by Winograd where it pays
-(winograd_cpu.py), else gathered windows times packed weights (gemm_cpu.py).
+"""Convolutions on the CPU: on the matrix unit if there is one, by Winograd's method where that pays
+(amx_winograd_cpu.py) or directly (amx_cpu.py); else by Winograd (winograd_cpu.py) or as gathered windows
+times packed weights (gemm_cpu.py).
 
 Maths: conv_ref.py. The choice is a matter of the machine and of shape alone.
 """
 
 import numpy as np
 
-from nanodiff.kernels import amx_cpu
+from nanodiff.kernels import amx_cpu, amx_winograd_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
 from nanodiff.kernels.parallel_cpu import AMX, DIRECT, empty
 from nanodiff.kernels.simd_cpu import PANEL
@@ -23,18 +24,29 @@ def uses_winograd(shape, H, W, stride, pad):
     return same and C % PANEL == 0 and O % PANEL == 0 and min(H, W) >= 6 and not DIRECT
 
 
+def uses_rows(shape, H, W, stride, pad):
+    """On the matrix unit: likewise, for whole blocks of 32 channels and rows of four or more whole tiles. In
+    smaller images the error would exceed 1e-5 (the border is most of them, where sums have fewer terms), and
+    the weights, of which there are twice as many, would be most of the work."""
+    kh, kw, C, O = shape
+    same = (kh, kw, stride, *pad) == (3, 3, 1, 1, 1)
+    return same and C % 32 == 0 and O % 32 == 0 and W % 4 == 0 and W >= 16 and H >= 8
+
+
 def _taps(kh, kw):
     return np.array([(i, j, i * kw + j) for i in range(kh) for j in range(kw)], np.int64)
 
 
 def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
     """The weights as the method that this machine takes for images of H x W reads them: tiles of bfloat16
-    pairs (O/32, C/32, kh, kw, 1024), Winograd-transformed (O/16, 36, C+1, 16), or packed (O/16, kh, kw, C,
-    16)."""
+    pairs, (O/32, C/32, kh, kw, 1024) or transformed (O/32, 6, 3 C/32, 1024); Winograd-transformed (O/16, 36,
+    C+1, 16); or packed (O/16, kh, kw, C, 16)."""
     kh, kw, C, O = weight.shape
     if AMX:
+        if uses_rows(weight.shape, H, W, stride, pad):
+            return amx_winograd_cpu.row_weights(weight, keep=True)
         plan = amx_cpu.forward_plan(1, H, W, kh, kw, stride, tuple(pad))
-        tiles = amx_cpu.tile_weights(weight.reshape(-1, C, O), plan)
+        tiles = amx_cpu.tile_weights(weight.reshape(-1, C, O), plan, keep=True)
         return tiles.reshape(*tiles.shape[:2], kh, kw, -1)
     if uses_winograd(weight.shape, H, W, stride, pad):
         return transformed_weights(weight)
@@ -44,6 +56,8 @@ def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
 def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None):
     bias = bias[None] if emb is None else bias + emb
     if AMX:
+        if weight.ndim == 4:
+            return amx_winograd_cpu.row_conv(x, weight, bias, residual)
         B, H, W, C = x.shape
         kh, kw = weight.shape[2:4]
         OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
@@ -68,6 +82,11 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
     B, H, W, C = x.shape
     kh, kw, _, O = weight.shape
     if AMX:
+        if uses_rows(weight.shape, H, W, stride, pad):
+            demb = amx_winograd_cpu.row_weight_gradient(x, dout, dweight)
+            dbias += demb.sum(0)
+            turned = amx_winograd_cpu.row_weights(weight, turned=True)
+            return amx_winograd_cpu.row_conv(dout, turned, np.zeros((1, C), np.float32)), demb
         shape, rows = (B, H, W, kh, kw, stride, tuple(pad)), dout.reshape(-1, O)
         flat, dx = weight.reshape(-1, *weight.shape[2:]), empty(x.shape)
         gradient, area = dweight.reshape(flat.shape), dout.shape[1] * dout.shape[2]

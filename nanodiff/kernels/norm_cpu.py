@@ -10,7 +10,7 @@ a large mean costs no digits of the variance.
 import numpy as np
 
 from nanodiff.kernels import parallel_cpu
-from nanodiff.kernels.parallel_cpu import empty, parallel
+from nanodiff.kernels.parallel_cpu import empty, parallel, shared
 from nanodiff.kernels.simd_cpu import at, make_rows, sigmoid, table_at
 
 __all__ = ["groupnorm_forward", "groupnorm_again", "groupnorm_backward"]
@@ -179,12 +179,18 @@ def _blocks(B, C, G):
     return max(1, min(-(-4 * parallel_cpu.threads() // B), G, C // 32))
 
 
+def _room(n, C):
+    """For each worker n rows of C floats, and a table of 4 addresses."""
+    threads = parallel_cpu.threads()
+    return shared("rows", (threads, n, C)), shared("tables", (threads, 4), np.int64)
+
+
 def groupnorm_forward(x, weight, bias, groups, eps, silu):
     B, C = x.shape[0], x.shape[-1]
     rows, out = x.reshape(B, -1, C), empty(x.shape)
     mean, rstd = empty((B, groups)), empty((B, groups))
     blocks = _blocks(B, C, groups)
-    scratch, tables = empty((parallel_cpu.threads(), 5, C)), empty((parallel_cpu.threads(), 4), np.int64)
+    scratch, tables = _room(5, C)
     forward(
         B * blocks, rows, weight, bias, out.reshape(rows.shape), mean, rstd, eps, int(silu), blocks, scratch,
         tables,
@@ -193,18 +199,18 @@ def groupnorm_forward(x, weight, bias, groups, eps, silu):
 
 
 def groupnorm_again(x, mean, rstd, weight, bias, groups, silu):
-    B, C, threads = x.shape[0], x.shape[-1], parallel_cpu.threads()
+    B, C = x.shape[0], x.shape[-1]
     rows, out = x.reshape(B, -1, C), empty(x.shape)
-    scratch, tables = empty((threads, 3, C)), empty((threads, 4), np.int64)
+    scratch, tables = _room(3, C)
     again(B, rows, mean, rstd, weight, bias, out.reshape(rows.shape), int(silu), scratch, tables)
     return out
 
 
 def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight, dbias, residual=None):
     B, C = x.shape[0], x.shape[-1]
-    rows, dx, dparams = x.reshape(B, -1, C), empty(x.shape), empty((B, 2, C))
+    rows, dx, dparams = x.reshape(B, -1, C), empty(x.shape), shared("dparams", (B, 2, C))
     blocks = _blocks(B, C, groups)
-    scratch, tables = empty((parallel_cpu.threads(), 6, C)), empty((parallel_cpu.threads(), 4), np.int64)
+    scratch, tables = _room(6, C)
     drows = dout.reshape(rows.shape)
     more = rows[:0] if residual is None else residual.reshape(rows.shape)
     backward(

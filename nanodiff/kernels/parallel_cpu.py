@@ -118,7 +118,7 @@ def njit(function=None, *, flags=()):
 # the operating system leaves waiting (another program has its core) therefore delays nobody.
 TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
 FIELD, MASK = 24, (1 << 24) - 1
-SPINS = 4000  # looks, of some 20 ns each, before a thread without work goes to sleep
+SPINS = 20000  # looks, of some 20 ns each, before a thread without work sleeps: Python takes less
 NAP, LONG = 50, 1000  # microseconds: of the first 200 sleeps, and of all further ones
 
 
@@ -397,3 +397,31 @@ def zeros(shape, dtype=np.float32):
     out = empty(shape, dtype)
     out.fill(0)
     return out
+
+
+_room, _views = {}, {}
+
+
+def scratch(words):
+    """(threads, `words` or more) floats for the jobs of an op: the same ones for every op, so that they stay
+    in the caches of their core, in rows no shorter than before, so that a worker's stay its own. Only one
+    thread of a program may therefore call ops."""
+    have = _room.get("scratch")
+    if have is None or have.shape[0] < _threads or have.shape[1] < words:
+        longest = max(words, have.shape[1] if have is not None else 0)
+        _room["scratch"] = have = empty((_threads, -(-longest // 16) * 16 + 16))
+    return have
+
+
+def shared(name, shape, dtype=np.float32):
+    """An array for what is made and used within one op, in memory that all ops share under that name."""
+    view = _views.get((name, shape, dtype))
+    if view is None:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        room = _room.get(name)
+        if room is None or room.size < size:
+            for key in [key for key in _views if key[0] == name]:
+                del _views[key]
+            _room[name] = room = empty((size + size // 4,), np.uint8)
+        _views[name, shape, dtype] = view = room[:size].view(dtype).reshape(shape)
+    return view

@@ -133,18 +133,18 @@ class _Vector:
         return x.value if isinstance(x, _Vector) else self.like(x)
 
     def __add__(self, other):
-        return _Vector(self.b, self.b.fadd(self.value, self.of(other), flags=self.FLAGS))
+        return type(self)(self.b, self.b.fadd(self.value, self.of(other), flags=self.FLAGS))
 
     def __sub__(self, other):
-        return _Vector(self.b, self.b.fsub(self.value, self.of(other), flags=self.FLAGS))
+        return type(self)(self.b, self.b.fsub(self.value, self.of(other), flags=self.FLAGS))
 
     def __mul__(self, other):
-        return _Vector(self.b, self.b.fmul(self.value, self.of(other), flags=self.FLAGS))
+        return type(self)(self.b, self.b.fmul(self.value, self.of(other), flags=self.FLAGS))
 
     __radd__, __rmul__ = __add__, __mul__
 
     def __rsub__(self, other):
-        return _Vector(self.b, self.b.fsub(self.of(other), self.value, flags=self.FLAGS))
+        return type(self)(self.b, self.b.fsub(self.of(other), self.value, flags=self.FLAGS))
 
     def __rtruediv__(self, other):
         return _Vector(self.b, self.b.fdiv(self.of(other), self.value))
@@ -325,6 +325,20 @@ def shift(typingctx, address, offset):
         return b.gep(args[0], [args[1]])
 
     return pointer(pointer, types.intp), codegen
+
+
+def _pointer_from(kind, element):
+    @intrinsic
+    def pointer_from(typingctx, address):
+        def codegen(context, b, signature, args):
+            return b.inttoptr(args[0], element.as_pointer())
+
+        return kind(types.int64), codegen
+
+    return pointer_from
+
+
+run_at, numbers_at = _pointer_from(pointer, F32), _pointer_from(addresses, I64)  # of an address, a number
 
 
 @intrinsic

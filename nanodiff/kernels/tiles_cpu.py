@@ -20,10 +20,12 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.compiler import Flags
+from numba.core.cpu_options import FastMathOptions
 from numba.extending import intrinsic
 
 from nanodiff.kernels.parallel_cpu import AMX
-from nanodiff.kernels.simd_cpu import F32, I32, I64, addresses, pointer
+from nanodiff.kernels.simd_cpu import F32, I32, I64, _Vector, addresses, pointer
 
 I8, I8P, VOID = ir.IntType(8), ir.IntType(8).as_pointer(), ir.VoidType()
 WORDS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
@@ -146,6 +148,50 @@ def end(typingctx):
     return types.void(), codegen
 
 
+def _product(b, args, each=lambda: None):
+    A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half = args[:10]
+    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth = args[10:]
+    unit = _unit(b)
+    at = lambda p, *offsets: p if not offsets else at(b.gep(p, [offsets[0]]), *offsets[1:])  # noqa: E731
+    for i, p in enumerate((I0, at(I0, i_half), I1, at(I1, i_half))):
+        unit.load(i, p, i_row)
+
+    # tiles 4, 5: the halves of A; 6, 7: those of B. Each load stands right before its first use: the unit
+    # multiplies while the next operand comes.
+    with cgutils.for_range(b, depth) as loop:
+        a, w = at(A, b.load(at(steps, loop.index))), at(B, b.mul(loop.index, b_step))
+
+        def product(*sums):
+            for i in sums:
+                unit.product(i, 4 + i // 2, 6 + i % 2)
+
+        unit.load(4, a, a_row)  # hi
+        unit.load(6, at(w, b_lo), b_row)
+        product(0)
+        unit.load(7, at(w, b_lo, b_half), b_row)
+        product(1)
+        unit.load(5, at(a, a_half), a_row)
+        product(2)
+        unit.load(6, w, b_row)  # hi
+        product(3, 0)
+        unit.load(7, at(w, b_half), b_row)
+        product(2, 1)
+        unit.load(4, at(a, a_lo), a_row)
+        product(3, 0)
+        unit.load(5, at(a, a_lo, a_half), a_row)
+        product(1, 2, 3)
+        each()
+    for i, p in enumerate((C0, at(C0, c_half), C1, at(C1, c_half))):
+        unit.store(i, p, c_row)
+
+
+_n = types.intp
+_PRODUCT = (
+    pointer, addresses, _n, _n, _n, pointer, _n, _n, _n, _n,
+    pointer, pointer, _n, _n, pointer, pointer, _n, _n, _n,
+)  # fmt: skip
+
+
 @intrinsic
 def tile_product(
     typingctx, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
@@ -159,68 +205,126 @@ def tile_product(
     further on, and the same of the lower 16 rows at C1; likewise I, where i_row = 0 repeats one row. Four
     tiles hold sums and four operands, so that a step is 12 products (16 cycles each) and 8 loads (8 each).
     """
-    n, p = types.intp, pointer
-    signature = types.void(p, addresses, n, n, n, p, n, n, n, n, p, p, n, n, p, p, n, n, n)
 
     def codegen(context, b, _, args):
-        A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half = args[:10]
-        I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth = args[10:]
-        unit = _unit(b)
-        at = lambda p, *offsets: p if not offsets else at(b.gep(p, [offsets[0]]), *offsets[1:])  # noqa: E731
-        for i, p in enumerate((I0, at(I0, i_half), I1, at(I1, i_half))):
-            unit.load(i, p, i_row)
-
-        # tiles 4, 5: the halves of A; 6, 7: those of B. Each load stands right before its first use: the unit
-        # multiplies while the next operand comes.
-        with cgutils.for_range(b, depth) as loop:
-            a, w = at(A, b.load(at(steps, loop.index))), at(B, b.mul(loop.index, b_step))
-
-            def product(*sums):
-                for i in sums:
-                    unit.product(i, 4 + i // 2, 6 + i % 2)
-
-            unit.load(4, a, a_row)  # hi
-            unit.load(6, at(w, b_lo), b_row)
-            product(0)
-            unit.load(7, at(w, b_lo, b_half), b_row)
-            product(1)
-            unit.load(5, at(a, a_half), a_row)
-            product(2)
-            unit.load(6, w, b_row)  # hi
-            product(3, 0)
-            unit.load(7, at(w, b_half), b_row)
-            product(2, 1)
-            unit.load(4, at(a, a_lo), a_row)
-            product(3, 0)
-            unit.load(5, at(a, a_lo, a_half), a_row)
-            product(1, 2, 3)
-        for i, p in enumerate((C0, at(C0, c_half), C1, at(C1, c_half))):
-            unit.store(i, p, c_row)
+        _product(b, args)
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(*_PRODUCT), codegen
+
+
+@intrinsic
+def product_beside(
+    typingctx, work, todo, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
+    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth,
+):  # fmt: skip
+    """tile_product that calls work(todo), a Numba function, at every step: the unit takes some 290 cycles for
+    a step and the processor runs ahead of it by some 500 instructions, so that a piece of work of up to 200
+    is done meanwhile, for next to nothing. todo: a table of all that it needs, since an array as an argument
+    is ten numbers to hand over."""
+    sig = types.void(addresses)
+
+    def codegen(context, b, _, args):
+        flags = Flags()
+        flags.error_model, flags.nrt = "numpy", True
+        flags.fastmath = FastMathOptions(work.dispatcher.targetoptions["fastmath"])
+        compiled = context.compile_subroutine(b, work.dispatcher.py_func, sig, flags=flags)
+        _product(b, args[2:], lambda: context.call_internal_no_propagate(b, compiled.fndesc, sig, [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(work, addresses, *_PRODUCT), codegen
+
+
+def _split(b, x, y, hi, lo):
+    """16 words each: hi[i] = the two bfloat16 nearest to x[i] and y[i], lo[i] = those nearest to what is
+    left."""
+    left = [x, y]
+    for target in (hi, lo):
+        rounded = []
+        # to nearest, by adding half of the last kept bit; infinity and NaN survive
+        for i, v in enumerate(left):
+            up = b.add(b.bitcast(v, WORDS), _words(0x8000))
+            rounded.append(b.and_(up, _words(0xFFFF0000)))
+            left[i] = b.fsub(v, b.bitcast(rounded[i], FLOATS))
+        _store(b, b.or_(b.lshr(rounded[0], _words(16)), rounded[1]), target)
 
 
 @intrinsic
 def split_pair(typingctx, x, y, hi, lo):
-    """16 words each: hi[i] = the two bfloat16 nearest to x[i] and y[i], lo[i] = those nearest to what is
-    left."""
+    """The words of the 16 floats at x and at y (_split)."""
 
     def codegen(context, b, signature, args):
         x, y, hi, lo = args
-        left = [_load(b, x), _load(b, y)]
-        for target in (hi, lo):
-            rounded = []
-            for i, v in enumerate(
-                left
-            ):  # to nearest, by adding half of the last kept bit; infinity and NaN survive
-                up = b.add(b.bitcast(v, WORDS), _words(0x8000))
-                rounded.append(b.and_(up, _words(0xFFFF0000)))
-                left[i] = b.fsub(v, b.bitcast(rounded[i], FLOATS))
-            _store(b, b.or_(b.lshr(rounded[0], _words(16)), rounded[1]), target)
+        _split(b, _load(b, x), _load(b, y), hi, lo)
         return context.get_dummy_value()
 
     return types.void(pointer, pointer, pointer, pointer), codegen
+
+
+class _InOrder(_Vector):
+    """Sums as they are written: where a transform is compiled twice, beside products and alone, it must give
+    the same bits."""
+
+    FLAGS = ("contract",)
+
+
+def make_split(rule, n):
+    """A 1-D transform on the way into words: split(table, count, offset, move, target, next, stride, lo).
+
+    The first half of the words are the 16 floats `offset` after the addresses table[j], j < n, the second
+    those after table[n + j]. Result f of the rule goes to target + f * stride, its lo `lo` words on. `count`
+    times: each time the floats are `move` further on, the results `next`."""
+
+    @intrinsic
+    def split(typingctx, table, count, offset, move, target, next, stride, lo):
+        def codegen(context, b, signature, args):
+            table, count, offset, move, target, next, stride, lo = args
+            at = lambda p, i: b.gep(p, [i])  # noqa: E731
+            starts = [
+                at(b.inttoptr(b.load(at(table, ir.Constant(I64, i))), F32.as_pointer()), offset)
+                for i in range(2 * n)
+            ]
+            with cgutils.for_range(b, count) as loop:
+                shift, to = b.mul(loop.index, move), at(target, b.mul(loop.index, next))
+                values = [_InOrder(b, _load(b, at(p, shift))) for p in starts]
+                for f, (x, y) in enumerate(zip(rule(*values[:n]), rule(*values[n:]))):
+                    hi = at(to, b.mul(stride, ir.Constant(I64, f)))
+                    _split(b, x.value, y.value, hi, at(hi, lo))
+            return context.get_dummy_value()
+
+        i = types.intp
+        return types.void(addresses, i, i, i, pointer, i, i, i), codegen
+
+    return split
+
+
+def make_merge(rule, n):
+    """A 1-D transform on the way out of tiles of sums: merge(source, stride, half, to, step, more, bias).
+
+    Value f of the rule is a run of 16 floats at source + f * stride, and a second one `half` further on.
+    Result j, plus `bias`, plus what is at more + j * step, goes to to + j * step: 32 floats."""
+
+    @intrinsic
+    def merge(typingctx, source, stride, half, to, step, more, more_step, bias):
+        def codegen(context, b, signature, args):
+            source, stride, half, to, step, more, more_step, bias = args
+
+            def at(p, i, j, d):
+                return b.gep(p, [b.add(b.mul(i, ir.Constant(I64, j)), ir.Constant(I64, d))])
+
+            for h in range(2):
+                here = at(source, half, h, 0)
+                plus = _InOrder(b, _load(b, b.gep(bias, [ir.Constant(I64, 16 * h)])))
+                values = (_load(b, at(here, stride, f, 0)) for f in range(n))
+                for j, y in enumerate(rule(*(_InOrder(b, v) for v in values))):
+                    y = y + plus + _InOrder(b, _load(b, at(more, more_step, j, 16 * h)))
+                    _store(b, y.value, at(to, step, j, 16 * h))
+            return context.get_dummy_value()
+
+        i = types.intp
+        return types.void(pointer, i, i, pointer, i, pointer, i, pointer), codegen
+
+    return merge
 
 
 @intrinsic

@@ -1,0 +1,421 @@
+"""3x3 'same' convolutions on the matrix unit with half the products: Winograd's F(4, 3) along the rows of an
+image (Winograd 1980; Lavin & Gray 2015, arXiv:1509.09308).
+
+Four neighbouring outputs of a row need, of each of the three rows above them, six inputs: 12 products for
+each pair of channels. Seen as a product of polynomials they need 6, one for each point p at which the
+polynomials are evaluated:
+    y = A^T [ (G w) * (B^T x) ],     p in 0, a, -a, b, -b, infinity
+so that a convolution becomes, for each point or "frequency" p, one with three taps (the rows) on images a
+quarter as wide. What amx_cpu.py says of lines and distances holds for each: position q of line p is tile
+(image, row, column / 4), and the rows are distances of 0, 1 and 2 rows of tiles. Between images lies a row
+of zeros; beside them nothing, the tiles overlap.
+
+Why along rows alone, and why these points? Errors of bfloat16 pairs are relative to the terms of a sum, and
+the terms are larger than the sum: of independent inputs and weights of variance 1, the error of output j
+grows by
+    sqrt( sum over p of A[p, j]^2 |B[p]^2| |G[p]^2| / 3 ),
+1.3 for F(2, 3); for F(4, 3) 3.3 with the usual points 1 and 2 but 2.2 with 5/8 and 3/2 (the best, 0.66 and
+1.54, are no better to two digits). So 4.4e-6 becomes 9.7e-6 to 9.9e-6, and 1.0e-5 in images of 8 x 8, where
+outputs at the border have fewer terms: there conv_cpu.py takes another way. F(4x4, 3x3), in both directions,
+would have twice that again. F(2x2, 3x3) has 7.3e-6 and 2.25 times fewer products, but makes four values of
+every pixel, each as long to split as to multiply, where this makes 1.5.
+
+The backward: dx is the same convolution of dout with the weights turned by 180 degrees and their channels
+exchanged. y is linear in U = G w, so with V = B^T x and D = A dy, for each row i of the window,
+    dU[p, i] = sum over q of V[p, q + i rows]^T D[p, q],     dw[i] = G^T dU[., i].
+C and O are multiples of 32.
+"""
+
+import functools
+
+import numpy as np
+
+from nanodiff.kernels import parallel_cpu
+from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
+from nanodiff.kernels.simd_cpu import at, numbers_at, run_at, shift, table_at
+from nanodiff.kernels.tiles_cpu import (
+    add_runs,
+    begin,
+    end,
+    make_merge,
+    make_split,
+    product_beside,
+    tile_product,
+    transpose16,
+)
+
+STEP = 1024  # words of B for one step of tile_product
+F = 6  # frequencies
+TABLE = 32 * 6  # addresses of a worker: of the inputs of 32 positions
+NONE = np.zeros(0, np.float32)
+FRAME = 3 << 16  # words of a frame that a job should not exceed: 768 KB of a 2 MB L2 cache
+SMALL = 1 << 14  # C * O of weights that stay in the L2 cache: 1.2 MB
+DEEP = 6  # steps whose weights, 24 KB, stay in the L1 cache while they meet all tiles of a job
+CHUNK = 4  # steps of 32 positions of a weight gradient whose operands are made at a time
+SET = 4  # a job of it makes SET x SET blocks of 32 x 32 channels, whose sums, 1.2 MB, stay in the L2 cache
+
+PA, PB = 5 / 8, 3 / 2  # the points
+A2, B2 = PA * PA, PB * PB
+GA, GB = 1 / (2 * A2 * (A2 - B2)), 1 / (2 * B2 * (B2 - A2))
+
+
+# The 1-D transforms, on SIMD registers or NumPy arrays. Row p of B^T is the polynomial with the roots of the
+# other points, row p of G is 1, p, p^2 divided by that polynomial at p, column p of A^T is 1, p, p^2, p^3.
+def bt(d0, d1, d2, d3, d4, d5):  # B^T: 6 inputs
+    p, q, r, s = d4 - B2 * d2, d3 - B2 * d1, d4 - A2 * d2, d3 - A2 * d1
+    ends = [A2 * B2 * x - (A2 + B2) * y + z for x, y, z in ((d0, d2, d4), (d1, d3, d5))]
+    return ends[0], p + PA * q, p - PA * q, r + PB * s, r - PB * s, ends[1]
+
+
+def at4(m0, m1, m2, m3, m4, m5):  # A^T: 6 products to 4 outputs
+    s, d, t, e = m1 + m2, m1 - m2, m3 + m4, m3 - m4
+    return m0 + s + t, PA * d + PB * e, A2 * s + B2 * t, PA * A2 * d + PB * B2 * e + m5
+
+
+def a4(y0, y1, y2, y3):  # A, the adjoint of A^T: 4 output gradients to 6
+    p, q, r, s = y0 + A2 * y2, PA * y1 + PA * A2 * y3, y0 + B2 * y2, PB * y1 + PB * B2 * y3
+    return y0, p + q, p - q, r + s, r - s, y3
+
+
+def g(w0, w1, w2):  # G: 3 weights to 6
+    p, q, r, s = GA * w0 + GA * A2 * w2, GA * PA * w1, GB * w0 + GB * B2 * w2, GB * PB * w1
+    return (1 / (A2 * B2)) * w0, p + q, p - q, r + s, r - s, w2
+
+
+def gt(u0, u1, u2, u3, u4, u5):  # G^T, the adjoint of G
+    s, d, t, e = u1 + u2, u1 - u2, u3 + u4, u3 - u4
+    return (1 / (A2 * B2)) * u0 + GA * s + GB * t, GA * PA * d + GB * PB * e, GA * A2 * s + GB * B2 * t + u5
+
+
+split_x, split_w, split_d = make_split(bt, 6), make_split(g, 3), make_split(a4, 4)
+merge_y, merge_w = make_merge(at4, F), make_merge(gt, F)
+
+
+@functools.lru_cache(maxsize=256)
+def row_plan(B, H, W):
+    """Where everything is, for images of H x W.
+
+    P tiles in a row, n positions of outputs; source[q, j]: the pixel that input j of position q is, -1 for
+    zero; starts[t]: the first position of each 16 outputs, an even number of them; rows[16 t + i]: the first
+    of the four pixels that position starts[t] + i makes, -1 for none; target[q, j]: pixel j of position
+    q - 2P, for the weight gradient.
+    """
+    P = W // 4
+    n = B * (H + 1) * P
+    source, target = np.full((n + 2 * P + 64, 6), -1), np.full((n + 4 * P + 160, 4), -1)
+    x = 4 * np.arange(P)[:, None] + np.arange(-1, 5)
+    pixels = np.where((x >= 0) & (x < W), np.arange(B * H).reshape(B, H, 1, 1) * W + x, -1)
+    source[:n].reshape(B, H + 1, P, 6)[:, 1:] = pixels
+    target[2 * P : 2 * P + n].reshape(B, H + 1, P, 4)[:, :H] = pixels[..., 1:5]
+    if H * P >= 16:  # 16 positions at a time of each image, the last ones end with it
+        starts = np.arange(B)[:, None] * (H + 1) * P + np.minimum(np.arange(0, H * P, 16), H * P - 16)
+    else:
+        starts = np.arange(0, n, 16)
+    starts = np.append(starts, starts.flat[-1:].repeat(starts.size % 2)).astype(np.int32)
+    rows = target[2 * P + starts[:, None] + np.arange(16), 0]
+    return P, n, source, starts, rows.ravel(), target
+
+
+@njit
+def point(to, pixels, n, base, size, none):
+    """to[j] = the address of pixel pixels[j], j < n, of `size` bytes each from `base` on; `none` for -1."""
+    for j in range(n):
+        to[j] = base + pixels[j] * size if pixels[j] >= 0 else none
+
+
+@functools.lru_cache
+def _zeros(n):
+    return np.zeros(n + 32, np.float32)
+
+
+# ---- y and dx ----
+# What a job does beside its products is in a table of numbers and addresses.
+# To merge: rows in all, and left; the first sums, floats from one frequency's to the next's; the output, and
+# what to add to it, with floats from pixel to pixel; the bias; where in the table two numbers for each row
+# begin, in bytes: its place in the output, and its bias's.
+ROWS, LEFT, SUMS, APART, OUT, STRIDE, MORE, MORE_STRIDE, BIAS, PLACES = range(10)
+# To split: positions left, the next block of 32 channels, of how many; the next position's pixels in the
+# plan, its place in a frame, floats there from block to block and from line to line; x, bytes of a pixel,
+# zeros; the table itself. Then come the addresses of a position's 12 inputs, then what PLACES points to.
+TO_SPLIT, BLOCK, BLOCKS, PIXELS, INTO, NEXT, LINE, X, SIZE, ZERO, SELF, INPUTS, FREE = *range(10, 22), 34
+
+
+@njit
+def merge_row(todo):
+    """The next row of a panel's tiles: four pixels of the output, 32 channels of each."""
+    i, place = todo[ROWS] - todo[LEFT], todo[todo[PLACES] + 2 * (todo[ROWS] - todo[LEFT])]
+    todo[LEFT] -= 1
+    if place >= 0:
+        m, more = todo[SUMS] + (i // 16 * 512 + i % 16 * 16) * 4, todo[MORE]
+        merge_y(
+            run_at(m), todo[APART], 256, run_at(todo[OUT] + place), todo[STRIDE],
+            run_at(more + place if todo[MORE_STRIDE] else more), todo[MORE_STRIDE],
+            run_at(todo[BIAS] + todo[todo[PLACES] + 2 * i + 1]),
+        )  # fmt: skip
+
+
+@njit
+def split_position(todo, count):
+    """The next `count` blocks of 32 channels of a position, on all lines of a frame."""
+    c, inputs = todo[BLOCK], numbers_at(todo[SELF] + 8 * INPUTS)
+    if c == 0:
+        point(inputs, numbers_at(todo[PIXELS]), 6, todo[X], todo[SIZE], todo[ZERO])
+        for j in range(6):
+            inputs[6 + j] = inputs[j] + 64
+    to = shift(run_at(todo[INTO]), c * todo[NEXT])
+    split_x(inputs, count, 32 * c, 32, to, todo[NEXT], todo[LINE], 16)
+    todo[BLOCK] += count
+    if todo[BLOCK] == todo[BLOCKS]:
+        todo[BLOCK], todo[TO_SPLIT] = 0, todo[TO_SPLIT] - 1
+        todo[PIXELS] += 6 * 8
+        todo[INTO] += 32 * 4
+
+
+@njit
+def beside(todo):
+    if todo[LEFT] > 0:
+        merge_row(todo)
+    if todo[TO_SPLIT] > 0:
+        split_position(todo, 1)
+
+
+@parallel
+def row_products(
+    job, worker, x, source, weight, steps, starts, rows, bias, residual, out, zero, scratch, tables, numbers
+):
+    """A job: `share` tiles, `block` of them at a time, one of `groups` groups of output channels. Beside the
+    products of a panel the sums of the panel before are merged, and the frame of the next tiles is made."""
+    share, block, parts, P, length, groups, area = numbers
+    C, O, tiles = x.shape[1], out.shape[1], starts.shape[0]
+    first, group, blocks, panels = job // groups * share, job % groups, C // 32, O // 32
+    last, table, flat = min(first + share, tiles), tables[worker], scratch.reshape(-1)
+    line, base, turn, plus = blocks * length * 32, worker * scratch.shape[1], 0, residual.size > 0
+    todo, sums = table_at(tables, worker * tables.shape[1]), base + min(2, parts) * F * line
+    table[SELF], table[LEFT], table[STRIDE], table[MORE_STRIDE] = table.ctypes.data, 0, O, O * plus
+    table[BLOCK], table[BLOCKS], table[NEXT], table[LINE] = 0, blocks, length * 32, line
+    table[X], table[SIZE], table[ZERO] = x.ctypes.data, C * 4, zero.ctypes.data
+    for part in range(-1, (last - first + block - 1) // block):  # -1: nothing but the first frame
+        t0 = first + part * block
+        t1, t2, frame = min(t0 + block, last), min(t0 + 2 * block, last), base + part % 2 * F * line
+        while table[TO_SPLIT] > 0 and part >= 0:
+            split_position(todo, blocks - table[BLOCK])
+        table[TO_SPLIT] = 0
+        if t1 < t2:
+            table[TO_SPLIT] = starts[t2 - 1] + 16 + 2 * P - starts[t1]
+            table[PIXELS] = source.ctypes.data + starts[t1] * 6 * 8
+            table[INTO] = scratch.ctypes.data + (base + (part + 1) % 2 * F * line) * 4
+        if part < 0:
+            continue
+        places = FREE + part % 2 * 32 * block
+        for i in range((t1 - t0) * 16):
+            row = rows[t0 * 16 + i]
+            image = row // area if bias.shape[0] > 1 else 0
+            table[places + 2 * i], table[places + 2 * i + 1] = row * O * 4, image * O * 4
+        begin()
+        for o in range(group * panels // groups, (group + 1) * panels // groups):
+            now, turn = sums + turn * F * block * 512, 1 - turn  # while those of the panel before are merged
+            for f in range(F):
+                for k in range(0, 3 * blocks, DEEP):
+                    panel = at(weight, ((o * F + f) * blocks * 3 + k) * STEP)
+                    for t in range(t0, t1, 2):
+                        a = at(flat, frame + f * line + (starts[t] - starts[t0]) * 32)
+                        to = at(flat, now + (f * block + t - t0) * 512)
+                        before, row, far, below = to, 16, 256, 512
+                        if k == 0:
+                            before, row, far, below = at(zero, 0), 0, 0, 0
+                        product_beside(
+                            beside, todo, a, table_at(steps, k), 32, 16, (starts[t + 1] - starts[t]) * 32,
+                            panel, STEP, 16, 256, 512, before, shift(before, below), row, far,
+                            to, shift(to, 512), 16, 256, min(DEEP, 3 * blocks - k),
+                        )  # fmt: skip
+            while table[LEFT] > 0:
+                merge_row(todo)
+            table[ROWS] = table[LEFT] = (t1 - t0) * 16
+            table[SUMS], table[APART], table[PLACES] = scratch.ctypes.data + now * 4, block * 512, places
+            table[OUT], table[BIAS] = out.ctypes.data + o * 128, bias.ctypes.data + o * 128
+            table[MORE] = residual.ctypes.data + o * 128 if plus else table[ZERO]
+        end()
+    while table[LEFT] > 0:
+        merge_row(todo)
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(B, H, W, C, O, threads):
+    """How `row_conv` cuts its work: number of jobs, words of scratch, tables. It changes no bit of it."""
+    P, _, _, starts, _, _ = row_plan(B, H, W)
+    blocks, tiles, small = C // 32, len(starts), C * O <= SMALL
+    most = max(4, (FRAME // 3 if small else FRAME) // (F * C * 16) // 2 * 2)
+    # small weights stay in the L2 cache while a job makes some parts, and frames of the next beside products;
+    # large ones pass through it once for each part, so that parts had better be few
+    parts = max(1, min(8, tiles // (2 * threads * most))) if small else 1
+    count = -(-tiles // (parts * most))
+    count = -(-count // threads) * threads if tiles >= 16 * threads else 1
+    share = -(-tiles // count // 2) * 2
+    count, block = -(-tiles // share), -(-share // parts // 2) * 2
+    groups = min(threads, O // 32) if count < threads else 1
+    length = 16 + 2 * P + max(
+        int(starts[min(t + block, tiles) - 1] - starts[t]) for t in range(0, tiles, 2)
+    ) | 1  # fmt: skip
+    steps = [(c * length + i * P) * 32 for c in range(blocks) for i in range(3)]
+    numbers = np.array([share, block, parts, P, length, groups, H * W], np.int64)
+    words = F * (C * length * min(2, parts) + block * STEP)
+    return count * groups, words, FREE + 64 * block, np.array(steps, np.int64), numbers
+
+
+def row_conv(x, weight, bias, residual=None):  # (B,H,W,C), row_weights, (1 or B, O) -> (B,H,W,O)
+    (B, H, W, C), O, threads = x.shape, bias.shape[1], parallel_cpu.threads()
+    out, (_, _, source, starts, rows, _) = empty((B, H, W, O)), row_plan(B, H, W)
+    jobs, words, size, steps, numbers = _layout(B, H, W, C, O, threads)
+    tables = shared("tables", (threads, size), np.int64)
+    row_products(
+        jobs, x.reshape(-1, C), source, weight, steps, starts, rows, bias,
+        NONE if residual is None else residual.reshape(-1), out.reshape(-1, O), _zeros(C),
+        scratch(words), tables, numbers,
+    )  # fmt: skip
+    return out
+
+
+@parallel
+def split_rows(job, worker, weight, turned, out, scratch, tables):
+    """out[panel, f, c block, row] = G w as tiles of B; a job is one (panel, c block)."""
+    _, C, O = weight.shape
+    blocks, panels = (O // 32, C // 32) if turned else (C // 32, O // 32)
+    panel, c, table, spare = job // blocks, job % blocks, tables[worker], scratch[worker]
+    base, row = weight.ctypes.data + (c * 32 * O + panel * 32) * 4, O * 4
+    for i in range(3):
+        if turned:  # exchange channels in the cache first, then as above
+            for j in range(3):
+                block = at(weight, ((8 - 3 * i - j) * C + panel * 32) * O + c * 32)
+                for k in range(4):
+                    to = at(spare, j * 1024 + k * 256)
+                    transpose16(shift(block, k // 2 * 16 * O + k % 2 * 16), O, to)
+        for h in range(2):
+            for k in range(16):
+                for j in range(3):
+                    if turned:  # k + 16 h' of the sum, 16 h of the columns: block (h, h'), row k
+                        first = spare.ctypes.data + (j * 1024 + h * 512 + k * 16) * 4
+                        table[j], table[3 + j] = first, first + 1024
+                    else:
+                        first = base + (3 * i + j) * C * row + k * row + h * 64
+                        table[j], table[3 + j] = first, first + 16 * row
+                to = at(out, ((panel * F * blocks + c) * 3 + i) * STEP + h * 512 + k * 16)
+                split_w(table_at(tables, worker * TABLE), 1, 0, 0, to, 0, blocks * 3 * STEP, 256)
+
+
+def row_weights(weight, turned=False, keep=False):  # (3,3,C,O) -> (panels, 6, 3 * blocks, STEP)
+    C, O = weight.shape[2:]
+    blocks, panels = (O // 32, C // 32) if turned else (C // 32, O // 32)
+    shape = panels, F, 3 * blocks, STEP
+    out = empty(shape) if keep else shared("weights", shape)
+    split_rows(
+        panels * blocks, weight.reshape(9, C, O), int(turned), out, scratch(3072),
+        shared("tables", (parallel_cpu.threads(), TABLE), np.int64),
+    )  # fmt: skip
+    return out
+
+
+# ---- dweight ----
+@njit
+def add_rows(partial, dweight, c, o0, o1, zero):
+    """dweight += G^T dU of all splits, in order, for 32 input channels and the panels o0 .. o1."""
+    (splits, units, _), (_, C, O) = partial.shape, dweight.shape
+    panels = O // 32
+    for i in range(3):
+        for k in range(32):
+            for o in range(o0, o1):
+                to = at(dweight, ((3 * i * C) + c * 32 + k) * O + o * 32)
+                for split in range(splits):
+                    unit = (split * units + (c * panels + o) * F * 3 + i) * STEP
+                    m = at(partial, unit + k // 16 * 512 + k % 16 * 16)
+                    merge_w(m, 3 * STEP, 256, to, C * O, to, C * O, at(zero, 0))
+
+
+@parallel
+def row_gradients(
+    job, worker, x, dout, source, target, partial, dweight, sums, zero, steps, scratch, tables, numbers
+):
+    """partial[split, c block, panel, f, row] = V^T D: a job is one split of the positions, for a set of SET
+    blocks of input channels and one of SET panels."""
+    total, P, csets, osets, area = numbers
+    C, O, (splits, units, _) = x.shape[1], dout.shape[1], partial.shape
+    blocks, panels, inputs = C // 32, O // 32, table_at(tables, worker * TABLE)
+    split, cset, oset = job // (csets * osets), job // osets % csets, job % osets
+    c0, c1 = cset * blocks // csets, (cset + 1) * blocks // csets
+    o0, o1 = oset * panels // osets, (oset + 1) * panels // osets
+    odd, length = P % 2, CHUNK * 16 + P  # pairs of positions: an odd distance needs those from odd ones on
+    half, to_next = worker * scratch.shape[1], (1 + odd) * length * 32
+    xt, x_line = half + F * 512, (c1 - c0) * CHUNK * STEP + 16
+    pairs, d_line = xt + F * x_line, 2 * (o1 - o0) * to_next + 16
+    first, last = split * total // splits, (split + 1) * total // splits
+    begin()
+    for k0 in range(first, last, CHUNK):
+        count = min(CHUNK, last - k0)
+        for k in range(count):
+            pixels = table_at(source, (k0 + k) * 32 * 6)
+            point(inputs, pixels, 32 * 6, x.ctypes.data, C * 4, zero.ctypes.data)
+            for c in range(2 * c0, 2 * c1):
+                for i in range(16):
+                    words = table_at(tables, worker * TABLE + 12 * i)
+                    split_x(words, 1, 16 * c, 0, at(scratch, half + i * 16), 0, 512, 256)
+                to = xt + ((c // 2 - c0) * CHUNK + k) * STEP + c % 2 * 512
+                for i in range(2 * F):
+                    tile = at(scratch, to + i // 2 * x_line + i % 2 * 256)
+                    transpose16(at(scratch, half + i * 256), 16, tile)
+        for e in range(0, count * 32 + 2 * P, 2 - odd):
+            point(inputs, table_at(target, (k0 * 32 + e) * 4), 8, dout.ctypes.data, O * 4, zero.ctypes.data)
+            to = at(scratch, pairs + (e % 2 * length + e // 2) * 32)
+            split_d(inputs, 2 * (o1 - o0), 32 * o0, 16, to, to_next, d_line, 16)
+        if cset == 0:
+            for e in range(k0 * 32 + 2 * P, (k0 + count) * 32 + 2 * P):
+                for j in range(4):
+                    row = target[e, j]
+                    for o in range(2 * o0, 2 * o1 if row >= 0 else 0):
+                        s = at(sums, (split * sums.shape[1] + row // area) * O + 16 * o)
+                        add_runs(at(dout, row * O + 16 * o), at(zero, 0), s, s)
+        for c in range(c0, c1):
+            for o in range(o0, o1):
+                for f in range(F):
+                    a = at(scratch, xt + f * x_line + (c - c0) * CHUNK * STEP)
+                    for i in range(3):
+                        e, unit = (2 - i) * P, (split * units + ((c * panels + o) * F + f) * 3 + i) * STEP
+                        d = pairs + f * d_line + 2 * (o - o0) * to_next + (e % 2 * length + e // 2) * 32
+                        to, before, row, far = at(partial, unit), at(partial, unit), 16, 256
+                        if k0 == first:
+                            before, row, far = at(zero, 0), 0, 0
+                        tile_product(
+                            a, table_at(steps, 0), 16, 256, 512, at(scratch, d), 512, 32, 16,
+                            to_next, before, shift(before, 2 * far), row, far, to, shift(to, 512), 16, 256,
+                            count,
+                        )  # fmt: skip
+    end()
+    if splits == 1:
+        for c in range(c0, c1):
+            add_rows(partial, dweight, c, o0, o1, zero)
+
+
+@parallel
+def add_splits(job, worker, partial, dweight, zero):
+    add_rows(partial, dweight, job, 0, dweight.shape[2] // 32, zero)
+
+
+def row_weight_gradient(x, dout, dweight):
+    """dweight (3,3,C,O) += the weight gradient; returns the sums of dout over each image, (B, O).
+
+    A fixed number of partial sums, added in order: the same bits for any number of threads."""
+    (B, H, W, C), O, threads = x.shape, dout.shape[3], parallel_cpu.threads()
+    P, n, source, _, _, target = row_plan(B, H, W)
+    total, csets, osets = -(-(n + P) // 32), -(-C // (32 * SET)), -(-O // (32 * SET))
+    splits = 1 if csets * osets > 3 else min(total, 4 if csets * osets == 1 else 2)
+    wide, high = -(-C // 32 // csets), -(-O // 32 // osets)
+    pairs = 2 * high * (1 + P % 2) * (CHUNK * 16 + P) * 32
+    words = F * (512 + wide * CHUNK * STEP + 16 + pairs + 16)
+    partial = shared("partial", (splits, C // 32 * (O // 32) * F * 3, STEP))
+    sums, flat, zero = np.zeros((splits, B, O), np.float32), dweight.reshape(9, C, O), _zeros(max(C, O))
+    row_gradients(
+        splits * csets * osets, x.reshape(-1, C), dout.reshape(-1, O), source, target, partial, flat, sums,
+        zero, np.arange(CHUNK) * STEP, scratch(words), shared("tables", (threads, TABLE), np.int64),
+        np.array([total, P, csets, osets, H * W], np.int64),
+    )  # fmt: skip
+    if splits > 1:
+        add_splits(C // 32, partial, flat, zero)
+    return sums.sum(0)
