@@ -390,7 +390,7 @@ def test_config_survives_a_round_trip():
 
 
 def test_no_memory_is_taken_after_the_first_step(monkeypatch):
-    """What a step needs is there from the step before: kernels ask parallel_cpu for memory, which asks NumPy."""
+    """What a step needs is there from the one before. Kernels ask parallel_cpu for memory, it asks NumPy."""
     config = nd.UNetConfig(block_out_channels=(32, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D"),
                            up_block_types=("AttnUpBlock2D", "UpBlock2D"))  # fmt: skip
     model = nd.UNet(config)
