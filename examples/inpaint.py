@@ -48,10 +48,10 @@ def put_back(x, p):  # the known half, with as much noise as x has at time p
 
 
 def walk(pairs, start, seed):  # DDPM's steps over some pairs, the known half put back after each
-    times = [t for t, _ in pairs]
-    rule = lambda t, p, v: diff.step_back(t, p, 1.0)  # noqa: E731
-    return nd.sample(run.model, diff, shape, list(zip(times, [p for _, p in pairs])), rule, seed,
-                     start=start, edit=put_back, labels=told)  # fmt: skip
+    def rule(t, p, v):
+        return diff.step_back(t, p, 1.0)
+
+    return nd.sample(run.model, diff, shape, pairs, rule, seed, start=start, edit=put_back, labels=told)
 
 
 def repaint(stretch=5):

@@ -213,9 +213,10 @@ def read_run(folder):
     return run
 
 
-def match_run(folder, run, free):
+def match_run(folder, run, free, defaults=()):
     """What run.json shall hold: `run`, if the folder is new or its run differs in `free` settings alone.
 
+    defaults: values of settings that a run from before they existed does not name, a dictionary.
     Changes nothing on disk. A NanodiffError names the first difference and both values.
     """
     path = Path(folder) / "run.json"
@@ -224,7 +225,8 @@ def match_run(folder, run, free):
             raise NanodiffError(f"{folder} holds other files and no run.json: choose an empty or new --out")
         return run
     old, new = read_run(folder), json.loads(json.dumps(run))
-    pairs = [(name, old["settings"].get(name), value) for name, value in new["settings"].items()]
+    settings = {**dict(defaults), **old["settings"]}
+    pairs = [(name, settings.get(name), value) for name, value in new["settings"].items()]
     pairs += [(f"data {name}", old["data"].get(name), value) for name, value in new["data"].items()]
     for name, there, here in pairs:
         if name not in free and there != here:

@@ -41,15 +41,15 @@ def bits_per_dim(model, diff, images, times=None, seed=0, labels=None, batch=16,
     for first in range(0, N, batch):
         x0 = images[first : first + batch]
         told = None if labels is None else np.asarray(labels)[first : first + batch]
-        predict, draw, to_device, to_host, frozen = _adapt(model, told, None)
+        predict, draw, _, frozen = _adapt(model, told, None)
         place = random_bits((len(x0), len(strata)), seed, 0, BOUND, first) / 2.0**32
         bits = diff.prior_bits(x0)
         with frozen:
             for i, (low, high) in enumerate(strata):
                 t = low + (place[:, i] * (high - low)).astype(int)  # each image its own
                 a, s = (w.reshape(-1, 1, 1, 1) for w in diff.scales(t))
-                xt = a * x0 + s * to_host(draw(x0.shape, seed, int(low), BOUND, first))
-                terms, _ = diff.bound(x0, xt, to_host(predict(to_device(xt), t)), t, clip)
+                xt = a * x0 + s * draw(x0.shape, seed, int(low), BOUND, first)
+                terms, _ = diff.bound(x0, xt, predict(xt, t), t, clip)
                 bits += (high - low) * terms
                 sums[i] += terms.sum()
                 if tick:

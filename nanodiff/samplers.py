@@ -152,9 +152,8 @@ def ddim_invert(model, diff, images, steps=50, spacing="trailing", refine=1, lab
     """
     _need_int("refine", refine, 1, 1000)
     x = np.asarray(images, np.float32)
-    predict, _, to_device, to_host, frozen = _adapt(model, labels, None)
+    predict, _, _, frozen = _adapt(model, labels, None)
     with frozen:
-        x = to_device(x)
         for t, p in reversed(step_list(diff.timesteps, steps, spacing)):
             now, then = diff.alpha_bar[t], diff.alpha_bar[p] if p >= 0 else 1.0
             a, s = math.sqrt(now), math.sqrt(1 - now)
@@ -164,7 +163,7 @@ def ddim_invert(model, diff, images, steps=50, spacing="trailing", refine=1, lab
             before = x
             for _ in range(refine):
                 x = keep * before + add * (ex * x + ep * predict(x, np.full(len(x), t))[..., : x.shape[-1]])
-    return to_host(x)
+    return x
 
 
 def sample(
@@ -210,12 +209,12 @@ def sample(
         raise NanodiffError(f"guidance = {guidance!r}: must be a number, with labels to be guided by")
     if start is not None and np.shape(start) != shape:
         raise NanodiffError(f"start has shape {np.shape(start)}: must be {shape}")
-    predict, draw, to_device, to_host, frozen = _adapt(model, labels, guidance)
+    predict, draw, to_host, frozen = _adapt(model, labels, guidance)
     learned = diff.variance == "learned_range"
     answer = (*shape[:-1], 2 * shape[-1]) if learned else shape
 
     with frozen:
-        x = draw(shape, seed, 0, START, first) if start is None else to_device(np.asarray(start, np.float32))
+        x = draw(shape, seed, 0, START, first) if start is None else np.asarray(start, np.float32)
         last = None
         plain = not (learned or dynamic or edit or ahead or guidance is not None)
         recorded = graph.sampling(model, x, float(clip or 0), labels) if plain else None  # on the GPU
@@ -236,7 +235,7 @@ def sample(
                 pred = pred[..., : shape[-1]] if learned else pred
                 x0 = wx * x + wp * pred
                 if dynamic:
-                    x0 = to_device(_threshold(to_host(x0), dynamic))
+                    x0 = _threshold(x0, dynamic)
                 elif clip:
                     x0 = x0.clip(-float(clip), float(clip))
                 w0, wx, sigma = rule(t, p, v)
@@ -248,7 +247,7 @@ def sample(
                     sigma = np.float32(sigma) if isinstance(sigma, float) else sigma
                     x += sigma * draw(shape, seed, t, SAMPLE, first)
             if edit:
-                x = to_device(np.asarray(edit(to_host(x), p), np.float32))
+                x = np.asarray(edit(x, p), np.float32)
             if callback:
                 callback(i, len(pairs), t, to_host(x), to_host(x0))
 
@@ -270,33 +269,22 @@ def _threshold(x0, ratio):
 
 
 def _adapt(model, labels, guidance):
-    """(predict(x, t), draw, to_device, to_host, a context) of a UNet, or of a callable over NumPy arrays."""
+    """(predict(x, t), draw, to_host, a context) of a UNet, or of a callable. predict and draw give NumPy
+    arrays: what no recorded step of a GPU does between two predictions is the host's work."""
+    draw, to_host, frozen, none = normal, np.asarray, contextlib.nullcontext(), None
     if hasattr(model, "predict"):
-        ctx = model.ctx
-        none = None
+        ctx, to_host, frozen = model.ctx, model.ctx.to_host, model.frozen()
+        draw = normal if ctx.device == "gpu" else ctx.k.normal
         if guidance is not None:
             rows = model.config.num_class_embeds
             if not rows or model.config.class_embed_type:
                 raise NanodiffError(f"guidance = {guidance}: needs a network with a table of classes")
             none = np.full(len(labels), rows - 1)
 
-        def ask(x, t, labels):
-            return model.predict(x, t, labels)
-
-        found = ctx.k.normal, ctx.to_device, ctx.to_host, model.frozen()
-        if ctx.device == "gpu":  # what no recorded step does between two predictions is the host's work
-
-            def ask(x, t, labels):
-                return ctx.to_host(model.predict(x, t, labels))
-
-            found = normal, np.asarray, ctx.to_host, model.frozen()
-    else:
-        none = None
-
-        def ask(x, t, labels):
-            return np.asarray(model(x, t) if labels is None else model(x, t, labels), np.float32)
-
-        found = normal, np.asarray, np.asarray, contextlib.nullcontext()
+    def ask(x, t, labels):
+        if hasattr(model, "predict"):
+            return to_host(model.predict(x, t, labels))
+        return np.asarray(model(x, t) if labels is None else model(x, t, labels), np.float32)
 
     def predict(x, t):
         if guidance is None:
@@ -304,7 +292,7 @@ def _adapt(model, labels, guidance):
         without = ask(x, t, none)
         return without + np.float32(guidance) * (ask(x, t, labels) - without)
 
-    return predict, *found
+    return predict, draw, to_host, frozen
 
 
 def _need_int(name, value, low, high):

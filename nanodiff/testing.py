@@ -107,11 +107,10 @@ def run(rendition, op, arguments, dtype=np.float32):
 def product_error(n, winograd=False):
     """Relative RMS error to allow a sum of n products of weights and activations: `rounding`, or 1e-5 where
     they are made of bfloat16 on a matrix unit (4e-6, tiles_cpu.py) or by Winograd (3e-6: its constants
-    scale by up to 8). Where both (9.9e-6, amx_winograd_cpu.py) 5 % more: what the RMS of so few elements as
-    in a test may be off by."""
+    scale by up to 8), or both (9.9e-6, amx_winograd_cpu.py)."""
     from nanodiff.kernels.parallel_cpu import AMX
 
-    return max(rounding(n), 1.05e-5 if winograd and AMX else 1e-5 if winograd or AMX else 0)
+    return max(rounding(n), 1e-5 * bool(winograd or AMX))
 
 
 def unit_floor():

@@ -361,7 +361,8 @@ def train(settings=None):
         version=__version__, settings=asdict(s), data=described, shape=shape, classes=source.classes,
         model=model.config.to_dict(), diffusion=diff.to_dict(), finished=None,
     )  # fmt: skip
-    run = checkpoint.match_run(folder, run, FREE if s.decay == "cosine" else FREE | {"steps"})
+    free = FREE if s.decay == "cosine" else FREE | {"steps"}
+    run = checkpoint.match_run(folder, run, free, {f.name: f.default for f in fields(TrainSettings)})
 
     step, window, seconds, row = 0, [], 0.0, 0  # losses since the last line of stats; steps skipped in a row
     with checkpoint.claim(folder):

@@ -106,6 +106,18 @@ def test_options_train_resume_and_sample(tmp_path, name):
         assert x.shape == (4, 8, 8, 1) and np.isfinite(x).all()
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(make):
+    """Its run.json does not name it: it had the default."""
+    folder = train.train(make(steps=5))
+    run = json.loads((folder / "run.json").read_text())
+    for name in ("zero_snr", "variance", "min_snr", "offset_noise", "label_drop"):
+        del run["settings"][name]
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(nd.NanodiffError, match="offset_noise = 0.0, not 0.1"):
+        train.train(make(offset_noise=0.1))
+    assert state(train.train(make()))[0] == STEPS
+
+
 def small_step(seed=0, classes=None, diff=None, **options):
     """The loss and the gradient of one training step of a small network on random images."""
     config = nd.UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
