@@ -108,16 +108,19 @@ def njit(function=None, *, flags=()):
 
 # ---- threads ----
 # The pool is a few numbers in memory that every thread looks at, each on a cache line of its own:
-#   TICKET  threads << 48 | number of jobs << 24 | next job: who moves it on by 1, atomically, owns that job
+#   TICKET  threads << 54 | number of jobs << 36 | taken from the front << 18 | taken from the back: who adds
+#           1 to one of the two, atomically, owns that job
 #   TASK    address of the compiled task(arguments, job, worker)
 #   ARGS    address of its arguments
 #   DONE    jobs that are finished
 #   BUSY    1 while a caller uses the pool
 #   STOP    1 when the program ends
-# The calling thread takes jobs like any other and waits only for jobs that somebody has begun. A worker that
-# the operating system leaves waiting (another program has its core) therefore delays nobody.
+# Every other thread takes jobs from the back. In most ops two threads so have the same half of the images
+# each, and find in their own cache what they wrote in the op before; yet neither waits for the other. The
+# calling thread takes jobs like any other and waits only for jobs that somebody has begun. A worker that the
+# operating system leaves waiting (another program has its core) therefore delays nobody.
 TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
-FIELD, MASK = 24, (1 << 24) - 1
+FIELD, MASK = 18, (1 << 18) - 1
 SPINS = 20000  # looks, of some 20 ns each, before a thread without work sleeps: Python takes less
 NAP, LONG = 50, 1000  # microseconds: of the first 200 sleeps, and of all further ones
 
@@ -141,17 +144,30 @@ class _Pool:
     def store(self, field, value):
         self.b.store_atomic(value, self.at(field), "release", 8)
 
-    def take(self, ticket):
+    def field(self, ticket, n):
+        """Of a ticket: jobs taken from the back (0) and from the front (1), all jobs (2), threads (3)."""
+        return self.b.and_(self.b.lshr(ticket, _i64(n * FIELD)), _i64(MASK))
+
+    def left(self, ticket):
+        """An i1: whether there is a job that nobody has taken."""
+        taken = self.b.add(self.field(ticket, 0), self.field(ticket, 1))
+        return self.b.icmp_unsigned("<", taken, self.field(ticket, 2))
+
+    def take(self, ticket, worker):
         """Try to move the ticket on: an i1, whether it worked."""
-        moved = self.b.add(ticket, _i64(1))
+        odd = self.b.trunc(worker, ir.IntType(1))
+        moved = self.b.add(ticket, self.b.select(odd, _i64(1), _i64(1 << FIELD)))
         return self.b.extract_value(self.b.cmpxchg(self.at(TICKET), ticket, moved, "acq_rel", "acquire"), 1)
 
     def call(self, ticket, worker):
         """Run the job of a ticket that was taken, and count it."""
-        ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
-        task = self.b.inttoptr(self.load(TASK), ftype.as_pointer())
-        self.b.call(task, [self.b.inttoptr(self.load(ARGS), I8P), self.b.and_(ticket, _i64(MASK)), worker])
-        self.b.atomic_rmw("add", self.at(DONE), _i64(1), "acq_rel")
+        b, ftype = self.b, ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
+        last = b.sub(self.field(ticket, 2), _i64(1))
+        back = b.sub(last, self.field(ticket, 0))
+        job = b.select(b.trunc(worker, ir.IntType(1)), back, self.field(ticket, 1))
+        task = b.inttoptr(self.load(TASK), ftype.as_pointer())
+        b.call(task, [b.inttoptr(self.load(ARGS), I8P), job, worker])
+        b.atomic_rmw("add", self.at(DONE), _i64(1), "acq_rel")
 
     def wait(self, spins):
         """A moment of waiting: a pause of the processor, or once `spins` are used up, of the thread."""
@@ -182,13 +198,10 @@ def _serve(typingctx, pool, worker):
         b.branch(look)
         b.position_at_end(look)
         ticket = p.load(TICKET)
-        jobs, threads = b.and_(b.lshr(ticket, _i64(FIELD)), _i64(MASK)), b.lshr(ticket, _i64(2 * FIELD))
-        wanted = b.and_(
-            b.icmp_unsigned("<", b.and_(ticket, _i64(MASK)), jobs), b.icmp_unsigned("<", args[1], threads)
-        )
+        wanted = b.and_(p.left(ticket), b.icmp_unsigned("<", args[1], p.field(ticket, 3)))
         b.cbranch(wanted, mine, idle)
         b.position_at_end(mine)
-        b.cbranch(p.take(ticket), work, look)
+        b.cbranch(p.take(ticket, args[1]), work, look)
         b.position_at_end(work)
         p.call(ticket, args[1])
         b.store(_i64(0), spins)
@@ -248,16 +261,16 @@ def _fork(typingctx, body, pool, jobs, threads, args):
                 p.store(TASK, b.ptrtoint(task, I64))
                 p.store(ARGS, b.ptrtoint(data, I64))
                 p.store(DONE, _i64(0))
-                p.store(TICKET, b.or_(b.shl(threads, _i64(2 * FIELD)), b.shl(jobs, _i64(FIELD))))
+                p.store(TICKET, b.or_(b.shl(threads, _i64(3 * FIELD)), b.shl(jobs, _i64(2 * FIELD))))
                 look, mine, work, rest, end = (
                     b.append_basic_block(n) for n in ("look", "mine", "work", "rest", "end")
                 )
                 b.branch(look)
                 b.position_at_end(look)
                 ticket = p.load(TICKET)
-                b.cbranch(b.icmp_unsigned("<", b.and_(ticket, _i64(MASK)), jobs), mine, rest)
+                b.cbranch(p.left(ticket), mine, rest)
                 b.position_at_end(mine)
-                b.cbranch(p.take(ticket), work, look)
+                b.cbranch(p.take(ticket, _i64(0)), work, look)
                 b.position_at_end(work)
                 p.call(ticket, _i64(0))
                 b.branch(look)
@@ -299,7 +312,7 @@ def parallel(function=None, *, flags=()):
     launch = njit(launch, flags=flags)
 
     def call(jobs, *args):
-        launch(_POOL, jobs, min(jobs, _threads), *args)
+        launch(_POOL, jobs, min(jobs, _threads) if jobs <= MASK else 1, *args)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     return call
