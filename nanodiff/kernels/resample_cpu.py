@@ -1,8 +1,11 @@
 """Nearest up-sampling and the joining and parting of channels on the CPU: copies, a row of pixels per job."""
 
 from nanodiff.kernels.parallel_cpu import empty, parallel
+from nanodiff.kernels.simd_cpu import at, prefetch
 
 __all__ = ["upsample_forward", "upsample_backward", "concat", "split"]
+
+SOON = 4  # pixels ahead of the one that is copied, whose cache lines are asked for
 
 
 @parallel
@@ -10,6 +13,8 @@ def spread(job, worker, x, out):  # x (B*H, W, C), out (B*H, 2, W, 2, C)
     _, W, C = x.shape
     for i in range(2):
         for w in range(W):
+            prefetch(at(x, (job * W + w + SOON) * C), C)
+            prefetch(at(out, ((job * 2 + i) * W + w + SOON) * 2 * C), 2 * C)
             for j in range(2):
                 to, row = out[job, i, w, j], x[job, w]
                 for c in range(C):
@@ -29,6 +34,8 @@ def gather(job, worker, dout, dx):
 def join(job, worker, a, b, out):  # (rows, pixels, C), (rows, pixels, D) -> (rows, pixels, C + D)
     C = a.shape[2]
     for i in range(a.shape[1]):
+        for v in (a, b, out):
+            prefetch(at(v, (job * v.shape[1] + i + SOON) * v.shape[2]), v.shape[2])
         to, left, right = out[job, i], a[job, i], b[job, i]
         for c in range(C):
             to[c] = left[c]
@@ -40,6 +47,8 @@ def join(job, worker, a, b, out):  # (rows, pixels, C), (rows, pixels, D) -> (ro
 def part(job, worker, x, a, b):
     C = a.shape[2]
     for i in range(a.shape[1]):
+        for v in (a, b, x):
+            prefetch(at(v, (job * v.shape[1] + i + SOON) * v.shape[2]), v.shape[2])
         row, left, right = x[job, i], a[job, i], b[job, i]
         for c in range(C):
             left[c] = row[c]

@@ -4,12 +4,13 @@ update_ref.py."""
 import numpy as np
 
 from nanodiff.kernels.parallel_cpu import parallel
-from nanodiff.kernels.simd_cpu import at, zero_run
+from nanodiff.kernels.simd_cpu import at, prefetch, zero_run
 from nanodiff.kernels.update_ref import prepare_weights  # noqa: F401  (nothing to do here either)
 
 __all__ = ["zero_grad", "squared_norm", "adam_update", "prepare_weights"]
 
 CHUNK = 1 << 15
+SOON = 4096  # floats ahead of those being summed, whose cache lines are asked for
 f32 = np.float32
 
 
@@ -34,6 +35,7 @@ def zero_grad(buffer):
 def squared_chunk(job, worker, grad, sums):
     g, total = grad[job * CHUNK : (job + 1) * CHUNK], 0.0
     for start in range(0, g.size, 256):
+        prefetch(at(grad, job * CHUNK + start + SOON), 256)
         some, part = g[start : start + 256], f32(0)  # 256 squares in float32 on SIMD lanes, then float64
         for i in range(some.size):
             part += some[i] * some[i]
