@@ -89,10 +89,7 @@ def nanodiff_side(config, batch):
     x, target = model.ctx.to_device(x), model.ctx.to_device(target)
 
     def step():
-        out = model.forward(x, t)
-        loss, dout = model.ctx.k.mse_loss(out, target)
-        model.params.zero_grad()
-        model.backward(dout)
+        loss = model.loss_and_grad(x, t, target)
         opt.step()
         return float(loss[0])
 

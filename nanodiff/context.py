@@ -52,6 +52,7 @@ class Context:
         self.k = kernels.load(self.device)
         self.saving = False
         self.frozen = None
+        self.recordings = {}  # of `replay`
 
     def to_device(self, array, dtype=None):
         """A contiguous copy-if-needed of a host array in `dtype` (default: the context's)."""
@@ -93,6 +94,17 @@ class Context:
             self.k.prepare_weights(flat, self.compute)
             if self.frozen is not None:
                 self.frozen["weights"] = True
+
+    def replay(self, name, function, *arrays):
+        """function(*arrays), which only calls ops and returns a new array; on the CPU a call with the shapes
+        of the last one of this name runs without the Python between its kernels."""
+        if self.device != "cpu":
+            return function(*arrays)
+        return kernels.parallel_cpu.replayed(self.recordings, name, function, arrays)
+
+    def lasting(self, function, *args):
+        """function(*args), for what is kept beyond a call that may be recorded."""
+        return function(*args) if self.device != "cpu" else kernels.parallel_cpu.outside(function, *args)
 
     def copy(self, into, array):
         """into[...] = array, both of this device."""

@@ -73,10 +73,7 @@ class Training:
             x0 = k.gather_images(images, at["chosen"], at["mirrored"])
             eps = k.normal(shape, seed, at["step"], NOISE)
             xt, target = k.q_sample(x0, eps, at["a"], at["s"], diff.prediction)
-            out = model._saving_forward(xt, at["t"], classes, (seed, at["step"]))
-            loss, dout = k.mse_loss(out, target, weight)
-            model.params.zero_grad()
-            model.backward(dout)
+            loss = model._loss_and_grad(xt, at["t"], classes, target, weight, (seed, at["step"]))
             opt.step(loss, lr=at["lr"])
 
         self.graph = gpu.backend().record(step)

@@ -76,7 +76,8 @@ class Conv2d(Layer):
         if kept is None:
             return self.k.conv_prepare(self.weight.data, H, W, self.stride, self.pad)
         if (self, H, W) not in kept:
-            kept[self, H, W] = self.k.conv_prepare(self.weight.data, H, W, self.stride, self.pad)
+            prepare, args = self.k.conv_prepare, (self.weight.data, H, W, self.stride, self.pad)
+            kept[self, H, W] = self.ctx.lasting(prepare, *args)
         return kept[self, H, W]
 
     def backward(self, dout):  # -> dx, demb

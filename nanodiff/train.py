@@ -226,15 +226,15 @@ def train_step(
         drop = ctx.to_host(k.random_bits((B,), *key, LABEL)) < label_drop * 2**32
         labels = np.where(drop, model.config.num_class_embeds - 1, labels)
     xt, target = k.q_sample(x0, eps, a, s, diff.prediction)
-    pred = model.forward(xt, t, labels, key=key)
     if learned:
+        pred = model.forward(xt, t, labels, key=key)
         loss, dout = diff.hybrid_loss(*map(ctx.to_host, (pred, target, x0, xt)), t)
         loss = ctx.to_device(loss, np.float64)
+        model.params.zero_grad()
+        model.backward(dout)
     else:
-        weight = None if min_snr is None else ctx.to_device(diff.loss_weight(t, min_snr))
-        loss, dout = k.mse_loss(pred, target, weight)
-    model.params.zero_grad()
-    model.backward(dout)
+        weight = None if min_snr is None else diff.loss_weight(t, min_snr)
+        loss = model.loss_and_grad(xt, t, target, labels, key, weight)
     opt.step(loss, lr=lr)
     return float(ctx.to_host(loss)[0])
 

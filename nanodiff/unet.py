@@ -315,13 +315,13 @@ class UNet:
         key     (seed, step) of the noise of dropout, needed where config.dropout > 0
         returns (B, H, W, out_channels)
         """
+        return self._saving_forward(*self._checked(x, t, labels), key)
+
+    def _saving_forward(self, x, t, labels, key):
         if self.config.dropout and key is None:
             raise NanodiffError(
                 f"dropout = {self.config.dropout} needs key=(seed, step) to draw its noise from"
             )
-        return self._saving_forward(*self._checked(x, t, labels), key)
-
-    def _saving_forward(self, x, t, labels, key):
         for layer in self.layers:  # what a forward left that no backward followed
             layer._stack.clear()
         self.key, self.ctx.saving = key, True
@@ -333,9 +333,39 @@ class UNet:
         self._shape = out.shape
         return out
 
+    def loss_and_grad(self, x, t, target, labels=None, key=None, weight=None):
+        """The loss of a training step, and its gradient in params.grad, which is cleared first: `forward`,
+        mse_loss and `backward` in one. On the CPU further calls with the same shapes run as the first one was
+        recorded (Context.replay), unless the network has dropout or is frozen.
+
+        x, t, labels, key   as in `forward`
+        target  (B, H, W, out_channels): what the network should say
+        weight  (B,) numbers: of each sample's loss; None: 1
+        returns the loss, float64 (1,)
+        """
+        x, t, labels = self._checked(x, t, labels)
+        shapes = (*x.shape[:3], self.config.out_channels), x.shape[:1]
+        for name, array, shape in zip(("target", "weight"), (target, weight), shapes):
+            if np.shape(array) != shape and (array is not None or name == "target"):
+                raise NanodiffError(f"{name} has shape {np.shape(array)}: must be {shape}")
+        weight = None if weight is None else self.ctx.to_device(weight)
+        arrays = x, t, labels, self.ctx.to_device(target), weight
+        if self.config.dropout or self.ctx.frozen is not None:
+            return self._loss_and_grad(*arrays, key)
+        return self.ctx.replay("step", self._loss_and_grad, *arrays)
+
+    def _loss_and_grad(self, x, t, labels, target, weight, key=None):
+        loss, dout = self.ctx.k.mse_loss(self._saving_forward(x, t, labels, key), target, weight)
+        self.params.zero_grad()
+        self.backward(dout)
+        return loss
+
     def predict(self, x, t, labels=None):
         """`forward` without dropout, keeping nothing. Sample b depends on x[b], t[b] and labels[b] alone."""
-        return self._forward(*self._checked(x, t, labels))
+        arrays = self._checked(x, t, labels)
+        if self.ctx.frozen is None:
+            return self._forward(*arrays)
+        return self.ctx.replay("predict", self._forward, *arrays)
 
     def _forward(self, x, t, labels):
         k = self.ctx.k
@@ -425,6 +455,8 @@ class UNet:
             yield self
         finally:
             self.ctx.frozen = outer
+            if outer is None:
+                self.ctx.recordings.pop("predict", None)
 
     def _checked(self, x, t, labels):
         cfg, stride = self.config, self.config.stride

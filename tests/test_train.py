@@ -142,13 +142,13 @@ def test_min_snr_weighs_each_sample():
 
 def test_offset_noise_moves_whole_channels(monkeypatch):
     seen = []
-    real = nd.UNet.forward
+    real = nd.UNet.loss_and_grad
 
-    def spy(self, x, t, labels=None, key=None):
+    def spy(self, x, t, target, labels=None, *more):
         seen.append((x.copy(), labels))
-        return real(self, x, t, labels, key)
+        return real(self, x, t, target, labels, *more)
 
-    monkeypatch.setattr(nd.UNet, "forward", spy)
+    monkeypatch.setattr(nd.UNet, "loss_and_grad", spy)
     small_step()
     small_step(offset_noise=0.3)
     moved = seen[1][0] - seen[0][0]

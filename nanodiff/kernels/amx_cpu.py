@@ -28,6 +28,7 @@ import numpy as np
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
 from nanodiff.kernels.simd_cpu import at, shift, table_at
+from nanodiff.kernels.sums_cpu import sum_first, widened, zeros
 from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, tile_product, transpose16
 
 STEP = 1024  # words of B for one step of tile_product
@@ -144,7 +145,7 @@ def gradient_plan(B, H, W, kh, kw, stride, pad):
 # ---- y and dx ----
 def _padded(x):  # (rows, C) -> (rows, C16), C16 a multiple of 16
     more = -x.shape[1] % 16
-    return np.pad(x, ((0, 0), (0, more))) if more else x
+    return widened(x, x.shape[1] + more) if more else x
 
 
 @njit
@@ -463,14 +464,14 @@ def weight_products(plan, x, dout, dweight, area):
     sets, units, size, steps, numbers = _gradient_layout(plan, C, O, area)
     partial = shared("partial", units)
     zero = np.zeros(32 * -(-max(C, O) // 32), np.float32)
-    sums = np.zeros((units[0], -(-len(dout) // area), dout.shape[1]), np.float32)
+    sums = zeros((units[0], -(-len(dout) // area), dout.shape[1]))
     gradient_products(
         units[0] * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums,
         scratch(size), zero, numbers,
     )  # fmt: skip
     if units[0] > 1:
         add_gradients(-(-C // 32), partial, plan.back, dweight, zero)
-    return np.ascontiguousarray(sums.sum(0)[:, :O])
+    return sum_first(sums, O)
 
 
 # ---- products of small matrices, for attention; sizes in multiples of 32, leading ones of arrays ----

@@ -33,6 +33,7 @@ import numpy as np
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
 from nanodiff.kernels.simd_cpu import at, numbers_at, run_at, shift, table_at
+from nanodiff.kernels.sums_cpu import sum_first, zeros
 from nanodiff.kernels.tiles_cpu import (
     add_runs,
     begin,
@@ -410,7 +411,7 @@ def row_weight_gradient(x, dout, dweight):
     pairs = 2 * high * (1 + P % 2) * (CHUNK * 16 + P) * 32
     words = F * (512 + wide * CHUNK * STEP + 16 + pairs + 16)
     partial = shared("partial", (splits, C // 32 * (O // 32) * F * 3, STEP))
-    sums, flat, zero = np.zeros((splits, B, O), np.float32), dweight.reshape(9, C, O), _zeros(max(C, O))
+    sums, flat, zero = zeros((splits, B, O)), dweight.reshape(9, C, O), _zeros(max(C, O))
     row_gradients(
         splits * csets * osets, x.reshape(-1, C), dout.reshape(-1, O), source, target, partial, flat, sums,
         zero, np.arange(CHUNK) * STEP, scratch(words), shared("tables", (threads, TABLE), np.int64),
@@ -418,4 +419,4 @@ def row_weight_gradient(x, dout, dweight):
     )  # fmt: skip
     if splits > 1:
         add_splits(C // 32, partial, flat, zero)
-    return sums.sum(0)
+    return sum_first(sums, O)

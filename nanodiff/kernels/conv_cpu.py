@@ -9,8 +9,9 @@ import numpy as np
 
 from nanodiff.kernels import amx_cpu, amx_winograd_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
-from nanodiff.kernels.parallel_cpu import AMX, DIRECT, empty
+from nanodiff.kernels.parallel_cpu import AMX, DIRECT, empty, host
 from nanodiff.kernels.simd_cpu import PANEL
+from nanodiff.kernels.sums_cpu import add_columns, widened
 from nanodiff.kernels.winograd_cpu import transformed_weights, winograd, winograd_weight_gradient
 
 __all__ = ["conv_prepare", "conv_forward", "conv_backward"]
@@ -54,7 +55,7 @@ def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
 
 
 def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None):
-    bias = bias[None] if emb is None else bias + emb
+    bias = bias[None] if emb is None else widened(emb, len(bias), bias)
     if AMX:
         if weight.ndim == 4:
             return amx_winograd_cpu.row_conv(x, weight, bias, residual)
@@ -84,7 +85,7 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
     if AMX:
         if uses_rows(weight.shape, H, W, stride, pad):
             demb = amx_winograd_cpu.row_weight_gradient(x, dout, dweight)
-            dbias += demb.sum(0)
+            add_columns(demb, dbias)
             turned = amx_winograd_cpu.row_weights(weight, turned=True)
             return amx_winograd_cpu.row_conv(dout, turned, np.zeros((1, C), np.float32)), demb
         shape, rows = (B, H, W, kh, kw, stride, tuple(pad)), dout.reshape(-1, O)
@@ -93,13 +94,13 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
         demb = amx_cpu.weight_products(
             amx_cpu.forward_plan(*shape), x.reshape(B * H * W, -1), rows, gradient, area
         )
-        dbias += demb.sum(0)
+        add_columns(demb, dbias)
         plan, zero = amx_cpu.gradient_plan(*shape), np.zeros((1, x.shape[3]), np.float32)
         turned = amx_cpu.tile_weights(flat, plan, turned=True)
         amx_cpu.products(plan, rows, turned, zero, dx.reshape(B * H * W, -1))
         return dx, demb
     demb = sums(dout.reshape(-1, O), B)
-    dbias += demb.sum(0)
+    add_columns(demb, dbias)
     if uses_winograd(weight.shape, H, W, stride, pad):
         winograd_weight_gradient(x, dout, dweight)
         return winograd(dout, transformed_weights(weight, turned=True), np.zeros((1, C), np.float32)), demb
@@ -129,7 +130,7 @@ def _data_gradient(dout, shape, weight, stride, pad):
             ]
             gh, gw = -(-(H - oy) // stride), -(-(W - ox) // stride)
             if not fits:  # a kernel smaller than its stride leaves pixels that nothing looked at
-                dx[:, oy::stride, ox::stride] = 0
+                host(lambda gap=dx[:, oy::stride, ox::stride]: gap.fill(0) or ())
                 continue
             taps = np.array(fits, np.int64)
             turned = packed(flat, taps[:, 2].copy(), transposed=True)

@@ -6,6 +6,7 @@ import numpy as np
 from nanodiff.kernels import amx_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
 from nanodiff.kernels.parallel_cpu import AMX, empty
+from nanodiff.kernels.sums_cpu import add_columns
 
 __all__ = ["linear_forward", "linear_backward"]
 
@@ -34,11 +35,12 @@ def linear_backward(dout, x, weight, dweight, dbias):
     zero, groups = np.zeros((1, C), np.float32), min(16, N)  # dbias: a sum of sums, more precise than one
     if AMX:
         plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
-        dbias += amx_cpu.weight_products(plan, rows[0, 0], drows[0, 0], dweight[None], -(-N // groups)).sum(0)
+        parts = amx_cpu.weight_products(plan, rows[0, 0], drows[0, 0], dweight[None], -(-N // groups))
+        add_columns(parts, dbias)
         turned = amx_cpu.tile_weights(weight[None], plan, turned=True)
         amx_cpu.products(plan, drows[0, 0], turned, zero, _as_image(dx)[0, 0])
         return dx
-    dbias += sums(drows[0, 0], groups).sum(0)
+    add_columns(sums(drows[0, 0], groups), dbias)
     convolve(drows, packed(weight[None], transposed=True), zero, _as_image(dx), HERE, N, N)
     weight_gradient(rows, drows, dweight, HERE)
     return dx

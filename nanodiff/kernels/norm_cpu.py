@@ -12,6 +12,7 @@ import numpy as np
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, parallel, shared
 from nanodiff.kernels.simd_cpu import at, make_rows, sigmoid, table_at
+from nanodiff.kernels.sums_cpu import add_columns
 
 __all__ = ["groupnorm_forward", "groupnorm_again", "groupnorm_backward"]
 
@@ -217,6 +218,6 @@ def groupnorm_backward(dout, x, mean, rstd, weight, bias, groups, silu, dweight,
         B * blocks, drows, rows, mean, rstd, weight, bias, int(silu), more, dx.reshape(rows.shape), dparams,
         blocks, scratch, tables,
     )  # fmt: skip
-    dweight += dparams[:, 0].sum(0)
-    dbias += dparams[:, 1].sum(0)
+    add_columns(dparams.reshape(B, -1), dweight)
+    add_columns(dparams.reshape(B, -1), dbias, first=C)
     return dx

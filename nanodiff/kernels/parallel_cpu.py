@@ -3,6 +3,7 @@
     @njit                     a Numba function of ours: no GIL, IEEE division, cached on disk
     @parallel                 a body(job, worker, *args), called as body(jobs, *args): jobs on all threads
     empty(shape)              an aligned array whose memory is used again once nobody refers to it
+    replayed(...)             a function of arrays, without Python between its kernels when it is called again
 
 Numba's own `prange` costs about a second of compilation for each loop, and its threads wait for one another
 even when one of them never got a core. `@parallel` compiles the body once, serially, and every thread takes
@@ -31,6 +32,7 @@ from numba.core.cpu_options import FastMathOptions
 from numba.extending import intrinsic
 
 I8P, I64 = ir.IntType(8).as_pointer(), ir.IntType(64)
+TASK_TYPE = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])  # task(arguments, job, worker)
 
 
 def _vector_width():
@@ -115,11 +117,12 @@ def njit(function=None, *, flags=()):
 #   DONE    jobs that are finished
 #   BUSY    1 while a caller uses the pool
 #   STOP    1 when the program ends
+#   RUN     address of the function that publishes a task and waits for it (_runner)
 # Every other thread takes jobs from the back. In most ops two threads so have the same half of the images
 # each, and find in their own cache what they wrote in the op before; yet neither waits for the other. The
 # calling thread takes jobs like any other and waits only for jobs that somebody has begun. A worker that the
 # operating system leaves waiting (another program has its core) therefore delays nobody.
-TICKET, TASK, ARGS, DONE, BUSY, STOP = range(0, 48, 8)
+TICKET, TASK, ARGS, DONE, BUSY, STOP, RUN = range(0, 56, 8)
 FIELD, MASK = 18, (1 << 18) - 1
 SPINS = 20000  # looks, of some 20 ns each, before a thread without work sleeps: Python takes less
 NAP, LONG = 50, 1000  # microseconds: of the first 200 sleeps, and of all further ones
@@ -161,11 +164,11 @@ class _Pool:
 
     def call(self, ticket, worker):
         """Run the job of a ticket that was taken, and count it."""
-        b, ftype = self.b, ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
+        b = self.b
         last = b.sub(self.field(ticket, 2), _i64(1))
         back = b.sub(last, self.field(ticket, 0))
         job = b.select(b.trunc(worker, ir.IntType(1)), back, self.field(ticket, 1))
-        task = b.inttoptr(self.load(TASK), ftype.as_pointer())
+        task = b.inttoptr(self.load(TASK), TASK_TYPE.as_pointer())
         b.call(task, [b.inttoptr(self.load(ARGS), I8P), job, worker])
         b.atomic_rmw("add", self.at(DONE), _i64(1), "acq_rel")
 
@@ -216,50 +219,46 @@ def _serve(typingctx, pool, worker):
     return types.void(types.intp, types.intp), codegen
 
 
+def _call_run(b, base, *values):
+    """Emit run(pool, task, arguments, words of them, jobs, threads, log)."""
+    ftype = ir.FunctionType(ir.VoidType(), [I64] * 7)
+    address = _Pool(b, b.inttoptr(base, I64.as_pointer())).load(RUN)
+    b.call(b.inttoptr(address, ftype.as_pointer()), [base, *values])
+
+
 @intrinsic
-def _fork(typingctx, body, pool, jobs, threads, args):
-    """Run body(job, worker, *args) for every job: on the pool, or here if it is in use or one thread is asked
-    for."""
-    body_signature = types.void(types.intp, types.intp, *args.types)
+def _runner(typingctx):
+    """The address of run(pool, task, arguments, words, jobs, threads, log), compiled once for all launchers:
+    task(arguments, job, worker) for every job, on the pool, or here if it is in use or one thread is asked
+    for. Where `log` is not 0 it is the address of a log (Recording), to which a record is added."""
 
-    def codegen(context, b, _, values):
-        _, base, jobs, threads, args_value = values
-        # compiled into the launcher, with its flags, and never on its own: half the work of a second njit
-        # function
-        flags = Flags()
-        flags.nrt = True
-        flags.error_model = "numpy"  # Python's check of every division would keep loops scalar
-        flags.noalias = True  # an op writes into no array it was handed, so outputs overlap nothing
-        flags.fastmath = FastMathOptions(body.dispatcher.targetoptions["fastmath"])
-        compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature, flags=flags)
-        shared = cgutils.alloca_once_value(b, args_value)
-        ftype = ir.FunctionType(ir.VoidType(), [I8P, I64, I64])
-        task = ir.Function(b.module, ftype, b.module.get_unique_name("task"))
-        task.linkage = "internal"
-        tb = ir.IRBuilder(task.append_basic_block("entry"))
-        unpacked = cgutils.unpack_tuple(tb, tb.load(tb.bitcast(task.args[0], args_value.type.as_pointer())))
-        for i, kind in enumerate(args.types):
-            if isinstance(kind, types.Array):
-                # Numba counts references at every slice: threads would fight for the count's cache line, at
-                # hundreds of nanoseconds a time. The caller keeps the arrays alive, so the body need not
-                # count.
-                array = context.make_array(kind)(context, tb, unpacked[i])
-                array.meminfo = cgutils.get_null_value(array.meminfo.type)
-                unpacked[i] = array._getvalue()
-        context.call_internal_no_propagate(tb, compiled.fndesc, body_signature, [*task.args[1:], *unpacked])
-        tb.ret_void()
-
-        data, p = b.bitcast(shared, I8P), _Pool(b, b.inttoptr(base, I64.as_pointer()))
+    def codegen(context, b, _, args):
+        address = b.module.get_unique_name("run")
+        run = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [I64] * 7), address)
+        run.linkage, caller, b = "internal", b, ir.IRBuilder(run.append_basic_block("entry"))
+        base, task, data, words, jobs, threads, log = run.args
+        p, memory = (_Pool(b, b.inttoptr(at, I64.as_pointer())) for at in (base, log))
+        with b.if_then(b.icmp_signed("!=", log, _i64(0))):
+            used = b.load(memory.base)
+            record = b.gep(memory.base, [used])
+            for i, value in enumerate((task, jobs, threads, words)):
+                b.store(value, b.gep(record, [_i64(i)]))
+            source = b.inttoptr(data, I64.as_pointer())
+            with cgutils.for_range(b, words) as loop:
+                to = b.gep(record, [b.add(loop.index, _i64(4))])
+                b.store(b.load(b.gep(source, [loop.index])), to)
+            b.store(b.add(used, b.add(words, _i64(4))), memory.base)
         alone = cgutils.alloca_once_value(b, b.icmp_signed("<=", threads, _i64(1)))
         with b.if_then(b.not_(b.load(alone))):
             free = b.extract_value(b.cmpxchg(p.at(BUSY), _i64(0), _i64(1), "acq_rel", "acquire"), 1)
             b.store(b.not_(free), alone)
         with b.if_else(b.load(alone)) as (here, together):
             with here, cgutils.for_range(b, jobs) as loop:
-                b.call(task, [data, loop.index, _i64(0)])
+                function = b.inttoptr(task, TASK_TYPE.as_pointer())
+                b.call(function, [b.inttoptr(data, I8P), loop.index, _i64(0)])
             with together:
-                p.store(TASK, b.ptrtoint(task, I64))
-                p.store(ARGS, b.ptrtoint(data, I64))
+                p.store(TASK, task)
+                p.store(ARGS, data)
                 p.store(DONE, _i64(0))
                 p.store(TICKET, b.or_(b.shl(threads, _i64(3 * FIELD)), b.shl(jobs, _i64(2 * FIELD))))
                 look, mine, work, rest, end = (
@@ -287,13 +286,60 @@ def _fork(typingctx, body, pool, jobs, threads, args):
                 p.store(BUSY, _i64(0))
                 b.branch(end)
                 b.position_at_end(end)
+        b.ret_void()
+        return caller.ptrtoint(run, I64)
+
+    return types.intp(), codegen
+
+
+@intrinsic
+def _run(typingctx, pool, task, data, words, jobs, threads):
+    def codegen(context, b, _, values):
+        _call_run(b, *values, _i64(0))
         return context.get_dummy_value()
 
-    return types.void(body, types.intp, types.intp, types.intp, args), codegen
+    return types.void(*[types.intp] * 6), codegen
 
 
-def _launch(pool, jobs, threads, *args):
-    _fork(body, pool, jobs, threads, args)  # noqa: F821  (`body` is put into the globals of each copy below)
+@intrinsic
+def _fork(typingctx, body, pool, log, jobs, threads, args):
+    """Run body(job, worker, *args) for every job."""
+    body_signature = types.void(types.intp, types.intp, *args.types)
+
+    def codegen(context, b, _, values):
+        _, base, log, jobs, threads, args_value = values
+        # compiled into the launcher, with its flags, and never on its own: half the work of a second njit
+        # function
+        flags = Flags()
+        flags.nrt = True
+        flags.error_model = "numpy"  # Python's check of every division would keep loops scalar
+        flags.noalias = True  # an op writes into no array it was handed, so outputs overlap nothing
+        flags.fastmath = FastMathOptions(body.dispatcher.targetoptions["fastmath"])
+        compiled = context.compile_subroutine(b, body.dispatcher.py_func, body_signature, flags=flags)
+        shared = cgutils.alloca_once_value(b, args_value)
+        task = ir.Function(b.module, TASK_TYPE, b.module.get_unique_name("task"))
+        task.linkage = "internal"
+        tb = ir.IRBuilder(task.append_basic_block("entry"))
+        unpacked = cgutils.unpack_tuple(tb, tb.load(tb.bitcast(task.args[0], args_value.type.as_pointer())))
+        for i, kind in enumerate(args.types):
+            if isinstance(kind, types.Array):
+                # Numba counts references at every slice: threads would fight for the count's cache line, at
+                # hundreds of nanoseconds a time. The caller keeps the arrays alive, so the body need not
+                # count.
+                array = context.make_array(kind)(context, tb, unpacked[i])
+                array.meminfo = cgutils.get_null_value(array.meminfo.type)
+                unpacked[i] = array._getvalue()
+        context.call_internal_no_propagate(tb, compiled.fndesc, body_signature, [*task.args[1:], *unpacked])
+        tb.ret_void()
+        words = _i64(context.get_abi_sizeof(args_value.type) // 8)
+        _call_run(b, base, *(b.ptrtoint(at, I64) for at in (task, shared)), words, jobs, threads, log)
+        return context.get_dummy_value()
+
+    return types.void(body, *[types.intp] * 4, args), codegen
+
+
+def _launch(pool, log, jobs, threads, *args):
+    _fork(body, pool, log, jobs, threads, args)  # noqa: F821  (`body` is in the globals of each copy below)
 
 
 def parallel(function=None, *, flags=()):
@@ -312,7 +358,8 @@ def parallel(function=None, *, flags=()):
     launch = njit(launch, flags=flags)
 
     def call(jobs, *args):
-        launch(_POOL, jobs, min(jobs, _threads) if jobs <= MASK else 1, *args)
+        log = _here.recording.note(args) if _here.recording else 0
+        launch(_POOL, log, jobs, min(jobs, _threads) if jobs <= MASK else 1, *args)
 
     call.__name__, call.__doc__ = function.__name__, function.__doc__
     return call
@@ -323,9 +370,24 @@ def serve(pool, worker):
     _serve(pool, worker)
 
 
+@njit
+def runner():
+    return _runner()
+
+
+@njit
+def replay(pool, log):
+    at = 1
+    while at < log[0]:
+        task, jobs, threads, words = log[at], log[at + 1], log[at + 2], log[at + 3]
+        _run(pool, task, log.ctypes.data + 8 * (at + 4), words, jobs, threads)
+        at += 4 + words
+
+
 _threads = 1
 _numbers = np.zeros(64, np.int64)
 _POOL = _numbers.ctypes.data
+_numbers[RUN] = runner()
 _workers = []
 
 
@@ -359,7 +421,7 @@ set_threads(max_threads())
 
 
 # ---- memory ----
-_shelf = {}  # bytes -> blocks nobody refers to
+_shelf, _arena = {}, {}  # bytes -> blocks nobody refers to; the second one is for recordings
 _slab = [np.empty(0, np.uint8), 0]  # memory to cut new blocks from, and where the next one starts
 # bytes: large enough for huge pages, which NumPy asks the system for; they save a page walk every 4 KB
 SLAB = 1 << 26
@@ -379,10 +441,12 @@ def _cut(size):
 class _Block:
     """Memory that goes back on its shelf when the last array over it dies. Fresh pages cost a fault each."""
 
-    __slots__ = ("__array_interface__", "memory")
+    __slots__ = ("__array_interface__", "memory", "home")
 
     def __init__(self, size):
-        shelf = _shelf.get(size)
+        self.home = _arena if _here.recording else _shelf
+        # (small ones are nobody's gain, and missed by who takes them at every step)
+        shelf = self.home.get(size) or (size >= 4096 and _shelf.get(size))
         if shelf:
             self.memory, self.__array_interface__ = shelf.pop()
         else:
@@ -394,22 +458,15 @@ class _Block:
                 "version": 3,
             }
 
-    def __del__(self, shelf=_shelf):
-        shelf.setdefault(self.__array_interface__["shape"][0], []).append(
-            (self.memory, self.__array_interface__)
-        )
+    def __del__(self):
+        shelf = self.home.setdefault(self.__array_interface__["shape"][0], [])
+        shelf.append((self.memory, self.__array_interface__))
 
 
 def empty(shape, dtype=np.float32):
     """An uninitialised, contiguous array that starts on a cache line."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return np.asarray(_Block(size)).view(dtype).reshape(shape)
-
-
-def zeros(shape, dtype=np.float32):
-    out = empty(shape, dtype)
-    out.fill(0)
-    return out
 
 
 _room, _views = {}, {}
@@ -438,3 +495,115 @@ def shared(name, shape, dtype=np.float32):
             _room[name] = room = empty((size + size // 4,), np.uint8)
         _views[name, shape, dtype] = view = room[:size].view(dtype).reshape(shape)
     return view
+
+
+# ---- recordings ----
+LOG, LONGEST = 1 << 17, 1 << 12  # words of a log, and more than any record has
+
+
+class _Thread(threading.local):
+    recording = None  # that this thread makes
+
+
+_here = _Thread()
+
+
+class Recording:
+    """What function(*arrays) runs. `replay` runs it for other arrays of the same shapes, without Python
+    between the kernels, and writes the array `result`, which function returned, anew.
+
+    A log holds for each launch, in order, its task and a copy of its arguments: shapes, numbers, addresses of
+    arrays. So the function must do all arithmetic in kernels or by `host`, and decide nothing by values; a
+    replay reads and writes the same memory. What `empty` gives meanwhile is from a shelf for recordings only,
+    where it goes again when its arrays die. All recordings share it, since nothing in it outlives a replay:
+    whoever needs the result copies it. All other arrays that a launch is handed are kept alive.
+    """
+
+    alive = 0
+
+    def __init__(self, function, arrays):
+        Recording.alive += 1
+        self.inputs = [None if a is None else np.array(a, order="C") for a in arrays]
+        self.steps, self.kept, self.log = [], {}, np.empty(LOG, np.int64)
+        self.log[0] = 1  # where the next record begins
+        _here.recording = self
+        try:
+            self.result = function(*self.inputs)
+        finally:
+            _here.recording = None
+        self.next_log()
+        self.log = None
+
+    def next_log(self):
+        """What is in the log becomes a step of its own."""
+        if self.log[0] > 1:
+            self.steps.append((replay, (_POOL, self.log[: self.log[0]].copy())))
+            self.log[0] = 1
+
+    def note(self, args):
+        """Keep the arrays of a launch; returns the address of the log."""
+        for array in args:
+            if isinstance(array, np.ndarray):
+                while isinstance(array.base, np.ndarray):
+                    array = array.base
+                owner = array if array.base is None else array.base
+                if getattr(owner, "home", None) is not _arena:
+                    self.kept[id(owner)] = owner
+        if self.log[0] > LOG - LONGEST:
+            self.next_log()
+        return self.log.ctypes.data
+
+    def replay(self, arrays):
+        for mine, array in zip(self.inputs, arrays):
+            if array is not None:
+                mine[...] = array
+        for function, args in self.steps:
+            function(*args)
+
+    def __del__(self, arena=_arena, shelf=_shelf):
+        """With the last recording, its memory is everybody's again."""
+        self.steps = self.kept = self.result = None
+        type(self).alive -= 1
+        if not self.alive:
+            for size, blocks in arena.items():
+                shelf.setdefault(size, []).extend(blocks)
+            arena.clear()
+
+
+def host(function, *args):
+    """function(*args), arrays or the rows of one, which a replay fills anew: the little that NumPy does."""
+    made = function(*args)
+
+    def again():
+        for old, new in zip(made, function(*args)):
+            old[...] = new
+
+    if _here.recording:
+        _here.recording.next_log()
+        _here.recording.steps.append((again, ()))
+    return made
+
+
+def outside(function, *args):
+    """function(*args), as if nothing were recorded: for what is made once, and lasts."""
+    before, _here.recording = _here.recording, None
+    try:
+        return function(*args)
+    finally:
+        _here.recording = before
+
+
+def replayed(recordings, name, function, arrays):
+    """function(*arrays), a new array: replayed if recordings[name] is of the same shapes, else recorded. Some
+    of `arrays` may be None."""
+    key = _threads, *(None if a is None else (a.shape, a.dtype) for a in arrays)
+    known, record = recordings.pop(name, (None, None))
+    if key == known:
+        record.replay(arrays)
+    else:
+        record = None  # its memory is free for the next
+        record = Recording(function, arrays)
+    recordings[name] = key, record
+    out = outside(empty, record.result.shape, record.result.dtype)
+    out[...] = record.result
+    return out

@@ -3,32 +3,40 @@
 A chunk is a slice first: loops from 0 to the size of an array become SIMD loops, those over a range do not.
 
 SiLU on its own, time and class embeddings see arrays of a few thousand floats here: their NumPy definition is
-fast enough. cast, gather_images and sample_step are there for the GPU.
+fast enough (as_defined). cast, gather_images and sample_step are there for the GPU.
 """
 
+import functools
 import math
 
 import numpy as np
 
-from nanodiff.kernels import parallel_cpu, pointwise_ref
-from nanodiff.kernels.parallel_cpu import empty, parallel, zeros
+from nanodiff.kernels import parallel_cpu
+from nanodiff.kernels import pointwise_ref as ref
+from nanodiff.kernels.parallel_cpu import empty, host, parallel
 from nanodiff.kernels.pointwise_ref import __all__ as OPS
-from nanodiff.kernels.pointwise_ref import (  # noqa: F401  (ops of this rendition too)
-    cast,
-    embedding_backward,
-    embedding_forward,
-    gather_images,
-    sample_step,
-    time_embedding,
-)
-from nanodiff.kernels.pointwise_ref import mse_loss as weighted_mse_loss
+from nanodiff.kernels.pointwise_ref import cast, gather_images, sample_step  # noqa: F401  (of this one too)
 from nanodiff.kernels.random_cpu import random_bits
 from nanodiff.kernels.random_ref import DROPOUT
 from nanodiff.kernels.simd_cpu import at, choose, make_rows, sigmoid, table_at
+from nanodiff.kernels.sums_cpu import zeros
 
 __all__ = [*OPS]
 
 CHUNK = 1 << 14
+
+
+def as_defined(op):
+    return functools.wraps(op)(lambda *args: host(op, *args))
+
+
+time_embedding, embedding_forward = map(as_defined, (ref.time_embedding, ref.embedding_forward))
+silu_forward, silu_backward = map(as_defined, (ref.activation_forward, ref.activation_backward))
+weighted_mse_loss = as_defined(ref.mse_loss)  # of images, not of activations: small
+
+
+def embedding_backward(dout, labels, dtable):
+    host(lambda: ref.embedding_backward(dout, labels, dtable) or ())
 
 
 def _chunks(n):
@@ -134,7 +142,7 @@ MODULATIONS = {activation.__name__: _modulation(activation) for activation in (s
 
 def _modulation_arguments(x, emb):
     B, C = x.shape[0], x.shape[-1]
-    rows, known = x.reshape(B, -1, C), emb.reshape(B, 2, C) + np.array([[1], [0]], np.float32)
+    rows, known = x.reshape(B, -1, C), host(np.add, emb.reshape(B, 2, C), np.array([[1], [0]], np.float32))
     return rows, known, -(-rows.shape[1] // PIXELS), empty((parallel_cpu.threads(), 4), np.int64)
 
 
@@ -149,7 +157,7 @@ def modulate_backward(dout, x, emb, kind):
     rows, known, chunks, tables = _modulation_arguments(x, emb)
     dx, sums = empty(rows.shape), zeros((len(rows), chunks, *known.shape[1:]))
     MODULATIONS[kind][1](len(rows) * chunks, dout.reshape(rows.shape), rows, known, dx, sums, tables)
-    return dx.reshape(x.shape), sums.sum(1).reshape(emb.shape)
+    return dx.reshape(x.shape), host(sums.sum, 1).reshape(emb.shape)
 
 
 def _unmodulated(x):  # x (1 + 0) + 0 is x
@@ -158,13 +166,13 @@ def _unmodulated(x):  # x (1 + 0) + 0 is x
 
 def activation_forward(x, kind):
     if kind == "silu":
-        return pointwise_ref.activation_forward(x, kind)
+        return silu_forward(x, kind)
     return modulate_forward(*_unmodulated(x), kind).reshape(x.shape)
 
 
 def activation_backward(dout, x, kind):
     if kind == "silu":
-        return pointwise_ref.activation_backward(dout, x, kind)
+        return silu_backward(dout, x, kind)
     image, zero = _unmodulated(x)
     return modulate_backward(dout.reshape(image.shape), image, zero, kind)[0].reshape(x.shape)
 
@@ -216,8 +224,9 @@ def mse_chunk(job, worker, pred, target, dpred, sums):
 
 
 def mse_loss(pred, target, weight=None):
-    if weight is not None:  # of images, not of activations: small
+    if weight is not None:
         return weighted_mse_loss(pred, target, weight)
     dpred, sums = empty(pred.shape), np.empty(_chunks(pred.size))
     mse_chunk(sums.size, pred.reshape(-1), target.reshape(-1), dpred.reshape(-1), sums)
-    return np.array([sums.sum() / pred.size]), dpred
+    (loss,) = host(lambda: [np.array([sums.sum() / pred.size])])
+    return loss, dpred

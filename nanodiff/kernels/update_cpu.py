@@ -4,7 +4,8 @@ update_ref.py."""
 import numpy as np
 
 from nanodiff.kernels.parallel_cpu import parallel
-from nanodiff.kernels.simd_cpu import at, prefetch, zero_run
+from nanodiff.kernels.simd_cpu import at, prefetch
+from nanodiff.kernels.sums_cpu import zero_chunk
 from nanodiff.kernels.update_ref import prepare_weights  # noqa: F401  (nothing to do here either)
 
 __all__ = ["zero_grad", "squared_norm", "adam_update", "prepare_weights"]
@@ -16,12 +17,6 @@ f32 = np.float32
 
 def _chunks(n):
     return -(-n // CHUNK)
-
-
-@parallel
-def zero_chunk(job, worker, grad):
-    for i in range(job * CHUNK, min((job + 1) * CHUNK, grad.size), 16):
-        zero_run(at(grad, i))
 
 
 def zero_grad(buffer):
