@@ -187,17 +187,6 @@ class _Vector:
         return p * _Vector(b, b.bitcast(power, kind))
 
 
-@intrinsic
-def exp(typingctx, x):
-    """_Vector.exp of a float32, without branches or table, so that LLVM can make vectors of the loop around
-    it."""
-
-    def codegen(context, b, signature, args):
-        return _Vector(b, args[0]).exp().value
-
-    return types.float32(types.float32), codegen
-
-
 def sigmoid(y):
     """1 / (1 + exp(-y)), with an estimate of the reciprocal made precise where the machine has one."""
     d = 1 + (-y).exp()
@@ -209,7 +198,7 @@ def choose(x, a, b):
     return _Vector(x.b, x.b.select(x.b.fcmp_ordered(">", x.value, x.of(0)), x.of(a), x.of(b)))
 
 
-def make_rows(rule, inputs, constants, sums, output=True):
+def make_rows(rule, inputs, constants, sums, output=True, combine=_Vector.plus_in_order):
     """A rule for the elements of matrices (rows, C), channel by channel: every channel has its own constants
     and sums over the rows, which stay in registers while the rows pass.
 
@@ -262,7 +251,7 @@ def make_rows(rule, inputs, constants, sums, output=True):
                             if output:
                                 store(out, _at(b, starts[-1], here, c))
                             for total, term in zip(ts, terms, strict=True):
-                                b.store(_Vector(b, b.load(total)).plus_in_order(term).value, total)
+                                b.store(combine(_Vector(b, b.load(total)), term).value, total)
                     for c, ts in zip(at, totals):
                         for k, total in enumerate(ts):
                             store(_Vector(b, b.load(total)), _at(b, sum, b.mul(ld, i64(k)), c))
@@ -386,49 +375,5 @@ def zero_run(typingctx, address):
     return types.void(pointer), codegen
 
 
-def _over_run(first, combine):
-    """A reduction of n floats (a multiple of 16) at p, lane by lane, then over the lanes, in a fixed order.
-
-    first(b, value, x): of a vector, its address to write to, and the number x; combine(b, total, value)."""
-
-    @intrinsic
-    def reduction(typingctx, p, n, x):
-        def codegen(context, b, signature, args):
-            p, n, x = args
-            start = _Vector(b, _load(b, p))
-            total = cgutils.alloca_once(b, VEC)
-            b.store(first(_Vector(b, start.value), _Vector(b, _splat(b, x)), p).value, total)
-            with cgutils.for_range_slice(b, ir.Constant(I64, VECTOR), n, ir.Constant(I64, VECTOR), I64) as (
-                i,
-                _,
-            ):
-                here = _at(b, p, i)
-                v = first(_Vector(b, _load(b, here)), _Vector(b, _splat(b, x)), here)
-                b.store(combine(_Vector(b, b.load(total)), v).value, total)
-            lanes, width = b.load(total), VECTOR
-            while width > 1:  # the upper half onto the lower
-                width //= 2
-                halves = (
-                    ir.Constant(ir.VectorType(I32, width), [*range(at, at + width)]) for at in (0, width)
-                )
-                low, high = (_Vector(b, b.shuffle_vector(lanes, lanes, half)) for half in halves)
-                lanes = combine(low, high).value
-            return b.extract_element(lanes, ir.Constant(I32, 0))
-
-        return types.float32(pointer, types.intp, types.float32), codegen
-
-    return reduction
-
-
-def _larger(x, y):
+def larger(x, y):
     return _Vector(x.b, x.b.select(x.b.fcmp_ordered(">", x.value, y.value), x.value, y.value))
-
-
-def _exp_there(v, x, p):
-    e = (v - x).exp()
-    _store(v.b, e.value, p)
-    return e
-
-
-largest = _over_run(lambda v, x, p: _larger(v, x), _larger)  # largest(p, n, x): of x and the n floats at p
-exp_sum = _over_run(_exp_there, _Vector.plus_in_order)  # exp_sum(p, n, x): p[i] = exp(p[i] - x); their sum
