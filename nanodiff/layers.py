@@ -80,12 +80,11 @@ class Conv2d(Layer):
             kept[self, H, W] = self.ctx.lasting(prepare, *args)
         return kept[self, H, W]
 
-    def backward(self, dout):  # -> dx, demb
+    def backward(self, dout, wants_dx=True):  # -> dx or None, demb
         (x,) = self.saved()
         x = x() if callable(x) else x
-        return self.k.conv_backward(
-            dout, x, self.weight.data, self.stride, self.pad, self.weight.grad, self.bias.grad
-        )
+        weight, grads = self.weight.data, (self.weight.grad, self.bias.grad)
+        return self.k.conv_backward(dout, x, weight, self.stride, self.pad, *grads, wants_dx)
 
 
 class GroupNorm(Layer):

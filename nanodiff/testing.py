@@ -259,7 +259,8 @@ def _backward(op, leaves, results="out", flops=2, **changes):
 
     Its arguments by name: the forward's, the forward's `results`, and for `dabc` normals of the shape of abc.
     """
-    case, names, wanted = CASES[f"{op}_forward"], _names(f"{op}_forward"), _names(f"{op}_backward")
+    case, names = CASES[f"{op}_forward"], _names(f"{op}_forward")
+    wanted = [name for name in _names(f"{op}_backward") if name != "wants_dx"]
 
     def make(rng, d):
         have = dict(zip(names, case.make(rng, d)))

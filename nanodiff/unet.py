@@ -357,7 +357,7 @@ class UNet:
     def _loss_and_grad(self, x, t, labels, target, weight, key=None):
         loss, dout = self.ctx.k.mse_loss(self._saving_forward(x, t, labels, key), target, weight)
         self.params.zero_grad()
-        self.backward(dout)
+        self.backward(dout, wants_dx=False)
         return loss
 
     def predict(self, x, t, labels=None):
@@ -398,8 +398,9 @@ class UNet:
         h = self.norm_out.forward(h)
         return self.ctx.widen(self.conv_out.forward(h, again=self.norm_out.again))
 
-    def backward(self, dout):
-        """The gradient of x from that of the last forward's output; adds into params.grad."""
+    def backward(self, dout, wants_dx=True):
+        """The gradient of x (None unless wanted) from that of the last forward's output; adds into
+        params.grad."""
         shape, self._shape = self._shape, None
         if shape is None:
             raise RuntimeError(
@@ -434,11 +435,11 @@ class UNet:
                 dh = self._block_backward(resnet, dh)
         dh = k.add(dh, dskips.pop())
         assert not dskips
-        dx, _ = self.conv_in.backward(dh)
-        if self.config.center_input_sample:
+        dx, _ = self.conv_in.backward(dh, wants_dx)
+        if wants_dx and self.config.center_input_sample:
             dx = k.affine(dx, 2, 0)
         self.time.backward(self.demb)
-        return self.ctx.widen(dx)
+        return self.ctx.widen(dx) if wants_dx else None
 
     def _block_backward(self, block, dout):
         dx, demb = block.backward(dout)

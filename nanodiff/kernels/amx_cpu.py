@@ -27,13 +27,14 @@ import numpy as np
 
 from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
-from nanodiff.kernels.simd_cpu import at, shift, table_at
+from nanodiff.kernels.simd_cpu import at, make_rows, prefetch, shift, table_at
 from nanodiff.kernels.sums_cpu import sum_first, widened, zeros
 from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, tile_product, transpose16
 
 STEP = 1024  # words of B for one step of tile_product
 NONE, ZERO = np.zeros(0, np.float32), np.zeros(16, np.float32)
 FRAME = 1 << 16  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
+SOON = 1  # block of weights that is asked for ahead
 DEEP = 4  # steps of 32 positions for which a weight gradient's operands stay in the L1 cache
 CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a 2 MB L2 cache
 
@@ -293,28 +294,31 @@ def tile_block(source, row, turned, out, half):
 
 @parallel
 def split_weights(job, worker, weight, taps, ends, turned, out, scratch):
-    """out[class][panel, c block, tap] for the taps ends[k] .. ends[k + 1] of class k; a job is one (panel, c
-    block)."""
+    """out[class][panel, c block, tap] for the taps ends[k] .. ends[k + 1] of class k; a job is 32 rows of all
+    taps, from left to right: weights come from memory, in its order, some blocks ahead of their use."""
     _, C, O = weight.shape
-    inner, outer = (O, C) if turned else (C, O)
-    blocks, panels = (inner + 31) // 32, (outer + 31) // 32
-    panel, c = job // blocks, job % blocks
+    blocks, panels = ((O + 31) // 32, (C + 31) // 32) if turned else ((C + 31) // 32, (O + 31) // 32)
     block, half = scratch[worker, :1024].reshape(32, 32), scratch[worker, 1024:]
-    i0, o0 = c * 32, panel * 32
-    whole = (i0 + 32 <= inner) & (o0 + 32 <= outer)
+    row, wide, high = job * 32, (O + 31) // 32, min(32, C - job * 32)
     for k in range(ends.size - 1):
         depth = ends[k + 1] - ends[k]
-        for t in range(depth):
+        for u in range(depth * wide):
+            t, column, later = u // wide, u % wide * 32, u + SOON
+            if later < depth * wide:
+                w = weight[taps[ends[k] + later // wide]]
+                for i in range(high):
+                    prefetch(at(w, (row + i) * O + later % wide * 32), 32)
             w = weight[taps[ends[k] + t]]
-            source, row = at(w, o0 * O + i0 if turned else i0 * O + o0), O
-            if not whole:
+            source, apart = at(w, row * O + column), O
+            if (high < 32) | (column + 32 > O):
                 for i in range(32):
                     for j in range(32):
-                        a, b = (o0 + i, i0 + j) if turned else (i0 + i, o0 + j)
-                        block[i, j] = w[a, b] if (a < C) & (b < O) else np.float32(0)
-                source, row = at(block, 0), 32
+                        there = (i < high) & (column + j < O)
+                        block[i, j] = w[row + i, column + j] if there else np.float32(0)
+                source, apart = at(block, 0), 32
+            panel, c = (job, u % wide) if turned else (u % wide, job)
             to = ((ends[k] * panels + panel * depth) * blocks + c * depth + t) * STEP
-            tile_block(source, row, turned, at(out, to), at(half, 0))
+            tile_block(source, apart, turned, at(out, to), at(half, 0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -331,11 +335,31 @@ def tile_weights(weight, plan, turned=False, keep=False):
     blocks, panels = (-(-n // 32) for n in ((O, C) if turned else (C, O)))
     shape = panels, blocks, len(taps), STEP
     out = empty(shape) if keep else shared("weights", shape)
-    split_weights(panels * blocks, weight, taps, ends, int(turned), out, scratch(1536))
+    split_weights(-(-C // 32), weight, taps, ends, int(turned), out, scratch(1536))
     return out
 
 
 # ---- dweight ----
+pass_sum = make_rows(lambda x: (x,), 1, 0, 1, output=False)
+
+
+@njit
+def add_pixels(target, first, last, count, area, dout, o0, o1, sums, split, table):
+    """sums[split, image] += rows of dout, channels o0 .. o1, for the positions first .. last of target: each
+    is `count` rows from target[count * position] on, none where that is -1; an image has `area` rows."""
+    O, q = dout.shape[1], first
+    table[0] = dout.ctypes.data + o0 * 4
+    while q < last:
+        row, end = target[q * count], q + 1
+        if row >= 0:
+            here = at(sums, (split * sums.shape[1] + row // area) * O + o0)
+            after = min(last, q + (area - row % area) // count)
+            while (end < after) and (target[end * count] == row + (end - q) * count):
+                end += 1
+            pass_sum(table_at(table, 0), row, row + (end - q) * count, O, o1 - o0, here, here, 0)
+        q = end
+
+
 @njit
 def add_tiles(partial, taps, dweight, c, o0, o1, zero):
     """dweight += the sums of all splits, in order, for 32 input channels and the panels o0 .. o1 of outputs:
@@ -359,7 +383,7 @@ def add_tiles(partial, taps, dweight, c, o0, o1, zero):
 
 @parallel
 def gradient_products(
-    job, worker, x, dout, source, target, taps, steps, partial, dweight, sums, scratch, zero, numbers
+    job, worker, x, dout, source, target, taps, steps, partial, dweight, sums, scratch, zero, tables, numbers
 ):
     """partial[split, C/32, O/32, tap] = xt^T pairs over one split of the line, for one of `sets` sets of O.
 
@@ -399,11 +423,20 @@ def gradient_products(
             for o in range(2 * o0, min(2 * o1, O // 16)):
                 to = at(scratch, pairs + (((o - 2 * o0) * 2 + e % 2) * length + e // 2) * 32)
                 split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16))
-        for e in range(span, span + count * 32):
-            row = target[k0 * 32 + e]
-            for o in range(2 * o0, min(2 * o1, O // 16) if row >= 0 else 0):
-                total_o = at(sums, ((split * sums.shape[1] + row // area) * O) + o * 16)
-                add_runs(at(dout, row * O + o * 16), at(zero, 0), total_o, total_o)
+        first = k0 * 32 + span
+        add_pixels(
+            target,
+            first,
+            first + count * 32,
+            1,
+            area,
+            dout,
+            32 * o0,
+            min(32 * o1, O),
+            sums,
+            split,
+            tables[worker],
+        )
         for c in range(blocks):
             for o in range(o0, o1):
                 for k in range(0, count, DEEP):
@@ -442,9 +475,11 @@ def _gradient_layout(plan, C, O, area):
     sums."""
     lines, T, blocks, panels = len(plan.source), len(plan.back), -(-C // 32), -(-O // 32)
     total = -(-(plan.n + plan.span) // 32)  # the last outputs look up to `span` further on
-    if panels >= 8:  # enough jobs for some threads: sets of 128 output channels,
+    if (
+        panels >= 8 and T * blocks * panels > 128
+    ):  # enough jobs for some threads: sets of 128 output channels,
         sets, splits = panels // 4, 1
-    else:  # or splits of the line where weights are few
+    else:  # or splits of the line where weights are few: no operand is made twice
         sets, splits = 1, min(total, 4 if T * blocks * panels <= 256 else 2)
     wide = -(-panels // sets)
     chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * wide))))
@@ -467,7 +502,7 @@ def weight_products(plan, x, dout, dweight, area):
     sums = zeros((units[0], -(-len(dout) // area), dout.shape[1]))
     gradient_products(
         units[0] * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums,
-        scratch(size), zero, numbers,
+        scratch(size), zero, shared("tables", (parallel_cpu.threads(), 8), np.int64), numbers,
     )  # fmt: skip
     if units[0] > 1:
         add_gradients(-(-C // 32), partial, plan.back, dweight, zero)

@@ -31,23 +31,38 @@ import functools
 import numpy as np
 
 from nanodiff.kernels import parallel_cpu
+from nanodiff.kernels.amx_cpu import add_pixels
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
-from nanodiff.kernels.simd_cpu import at, numbers_at, run_at, shift, table_at
+from nanodiff.kernels.simd_cpu import at, prefetch, shift, table_at
 from nanodiff.kernels.sums_cpu import sum_first, zeros
 from nanodiff.kernels.tiles_cpu import (
-    add_runs,
+    BIAS,
+    ENTRY,
+    ENTRY_SIZE,
+    INPUTS,
+    MORE,
+    OWN,
+    PANEL,
+    RESULTS,
+    SKIP,
+    STEP_M,
+    STEP_R,
+    SUMS,
+    SUMS_LINE,
+    WORDS_LINE,
+    WORDS_TO,
     begin,
     end,
+    make_beside,
     make_merge,
     make_split,
-    product_beside,
     tile_product,
     transpose16,
 )
 
 STEP = 1024  # words of B for one step of tile_product
 F = 6  # frequencies
-TABLE = 32 * 6  # addresses of a worker: of the inputs of 32 positions
+TABLE = 32 * 6 + 8  # addresses of a worker: of the inputs of 32 positions, and one more
 NONE = np.zeros(0, np.float32)
 FRAME = 3 << 16  # words of a frame that a job should not exceed: 768 KB of a 2 MB L2 cache
 SMALL = 1 << 14  # C * O of weights that stay in the L2 cache: 1.2 MB
@@ -89,7 +104,7 @@ def gt(u0, u1, u2, u3, u4, u5):  # G^T, the adjoint of G
 
 
 split_x, split_w, split_d = make_split(bt, 6), make_split(g, 3), make_split(a4, 4)
-merge_y, merge_w = make_merge(at4, F), make_merge(gt, F)
+merge_w, (product_beside, split_alone, merge_alone) = make_merge(gt, F), make_beside(bt, at4)
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,54 +145,54 @@ def _zeros(n):
 
 
 # ---- y and dx ----
-# What a job does beside its products is in a table of numbers and addresses.
-# To merge: rows in all, and left; the first sums, floats from one frequency's to the next's; the output, and
-# what to add to it, with floats from pixel to pixel; the bias; where in the table two numbers for each row
-# begin, in bytes: its place in the output, and its bias's.
-ROWS, LEFT, SUMS, APART, OUT, STRIDE, MORE, MORE_STRIDE, BIAS, PLACES = range(10)
-# To split: positions left, the next block of 32 channels, of how many; the next position's pixels in the
-# plan, its place in a frame, floats there from block to block and from line to line; x, bytes of a pixel,
-# zeros; the table itself. Then come the addresses of a position's 12 inputs, then what PLACES points to.
-TO_SPLIT, BLOCK, BLOCKS, PIXELS, INTO, NEXT, LINE, X, SIZE, ZERO, SELF, INPUTS, FREE = *range(10, 22), 34
+# What a job does beside its products is in a table: first what product_beside reads (tiles_cpu.py), then rows
+# left to merge and positions left to split; the blocks of 32 channels of one; bytes in the frame from one block
+# to the next, and from the last one back to the next position; the sink, where work goes that nobody needs, and
+# the entries of that; then lists of entries and of addresses, so that no step has to decide anything: a wrong
+# guess of the processor costs the unit its queue.
+LEFT, TO_SPLIT, BLOCKS, NEXT, BACK, SINK, NO_INPUTS, NO_ENTRY, FREE = *range(8, 16), 32
 
 
-@njit
-def merge_row(todo):
-    """The next row of a panel's tiles: four pixels of the output, 32 channels of each."""
-    i, place = todo[ROWS] - todo[LEFT], todo[todo[PLACES] + 2 * (todo[ROWS] - todo[LEFT])]
+@njit(inline=True)
+def merged(todo):
+    """On to the next row of a panel's tiles: four pixels of the output, 32 channels of each."""
     todo[LEFT] -= 1
-    if place >= 0:
-        m, more = todo[SUMS] + (i // 16 * 512 + i % 16 * 16) * 4, todo[MORE]
-        merge_y(
-            run_at(m), todo[APART], 256, run_at(todo[OUT] + place), todo[STRIDE],
-            run_at(more + place if todo[MORE_STRIDE] else more), todo[MORE_STRIDE],
-            run_at(todo[BIAS] + todo[todo[PLACES] + 2 * i + 1]),
-        )  # fmt: skip
+    todo[ENTRY] = todo[ENTRY] + 8 * ENTRY_SIZE if todo[LEFT] > 0 else todo[NO_ENTRY]
+
+
+@njit(inline=True)
+def was_split(todo):
+    """On to the next block of 32 channels of a position."""
+    todo[SKIP] += 32
+    todo[WORDS_TO] += todo[NEXT]
+    if todo[SKIP] == todo[BLOCKS] * 32:
+        todo[SKIP], todo[TO_SPLIT] = 0, todo[TO_SPLIT] - 1
+        todo[WORDS_TO] += todo[BACK]
+        todo[INPUTS] += 8 * 8
+        if todo[TO_SPLIT] == 0:
+            todo[INPUTS], todo[WORDS_TO], todo[WORDS_LINE] = todo[NO_INPUTS], todo[SINK], 0
 
 
 @njit
-def split_position(todo, count):
-    """The next `count` blocks of 32 channels of a position, on all lines of a frame."""
-    c, inputs = todo[BLOCK], numbers_at(todo[SELF] + 8 * INPUTS)
-    if c == 0:
-        point(inputs, numbers_at(todo[PIXELS]), 6, todo[X], todo[SIZE], todo[ZERO])
-        for j in range(6):
-            inputs[6 + j] = inputs[j] + 64
-    to = shift(run_at(todo[INTO]), c * todo[NEXT])
-    split_x(inputs, count, 32 * c, 32, to, todo[NEXT], todo[LINE], 16)
-    todo[BLOCK] += count
-    if todo[BLOCK] == todo[BLOCKS]:
-        todo[BLOCK], todo[TO_SPLIT] = 0, todo[TO_SPLIT] - 1
-        todo[PIXELS] += 6 * 8
-        todo[INTO] += 32 * 4
-
-
-@njit
-def beside(todo):
+def on(todo):
     if todo[LEFT] > 0:
-        merge_row(todo)
+        merged(todo)
     if todo[TO_SPLIT] > 0:
-        split_position(todo, 1)
+        was_split(todo)
+
+
+@njit
+def merge_rest(todo):
+    while todo[LEFT] > 0:
+        merge_alone(todo)
+        merged(todo)
+
+
+@njit
+def split_rest(todo):
+    while todo[TO_SPLIT] > 0:
+        split_alone(todo)
+        was_split(todo)
 
 
 @parallel
@@ -192,52 +207,72 @@ def row_products(
     last, table, flat = min(first + share, tiles), tables[worker], scratch.reshape(-1)
     line, base, turn, plus = blocks * length * 32, worker * scratch.shape[1], 0, residual.size > 0
     todo, sums = table_at(tables, worker * tables.shape[1]), base + min(2, parts) * F * line
-    table[SELF], table[LEFT], table[STRIDE], table[MORE_STRIDE] = table.ctypes.data, 0, O, O * plus
-    table[BLOCK], table[BLOCKS], table[NEXT], table[LINE] = 0, blocks, length * 32, line
-    table[X], table[SIZE], table[ZERO] = x.ctypes.data, C * 4, zero.ctypes.data
+    lists = tables.ctypes.data + worker * tables.shape[1] * 8
+    nothing, sink = zero.ctypes.data, scratch.ctypes.data + (base + scratch.shape[1] - O - 32) * 4
+    table[LEFT], table[TO_SPLIT], table[BLOCKS], table[NEXT] = 0, 0, blocks, length * 128
+    table[BACK], table[SINK], table[SUMS], table[SUMS_LINE] = 128 - blocks * length * 128, sink, nothing, 0
+    table[NO_ENTRY], table[NO_INPUTS] = lists + 8 * 16, lists + 8 * 24
+    for i in range(8):
+        table[16 + i], table[24 + i] = 0, nothing
+    table[16 + RESULTS], table[16 + MORE], table[16 + BIAS] = sink, nothing, nothing
+    table[ENTRY], table[INPUTS], table[SKIP], table[PANEL] = table[NO_ENTRY], table[NO_INPUTS], 0, 0
     for part in range(-1, (last - first + block - 1) // block):  # -1: nothing but the first frame
         t0 = first + part * block
         t1, t2, frame = min(t0 + block, last), min(t0 + 2 * block, last), base + part % 2 * F * line
-        while table[TO_SPLIT] > 0 and part >= 0:
-            split_position(todo, blocks - table[BLOCK])
-        table[TO_SPLIT] = 0
+        split_rest(todo)
         if t1 < t2:
-            table[TO_SPLIT] = starts[t2 - 1] + 16 + 2 * P - starts[t1]
-            table[PIXELS] = source.ctypes.data + starts[t1] * 6 * 8
-            table[INTO] = scratch.ctypes.data + (base + (part + 1) % 2 * F * line) * 4
+            count, inputs = starts[t2 - 1] + 16 + 2 * P - starts[t1], FREE + 32 * block * ENTRY_SIZE
+            for i in range(count):
+                for j in range(6):
+                    pixel = source[starts[t1] + i, j]
+                    table[inputs + 8 * i + j] = x.ctypes.data + pixel * C * 4 if pixel >= 0 else nothing
+            table[TO_SPLIT], table[INPUTS], table[WORDS_LINE] = count, lists + 8 * inputs, line
+            table[WORDS_TO] = scratch.ctypes.data + (base + (part + 1) % 2 * F * line) * 4
         if part < 0:
             continue
-        places = FREE + part % 2 * 32 * block
+        entries = FREE + part % 2 * 16 * block * ENTRY_SIZE
         for i in range((t1 - t0) * 16):
-            row = rows[t0 * 16 + i]
+            row, here = rows[t0 * 16 + i], entries + i * ENTRY_SIZE
             image = row // area if bias.shape[0] > 1 else 0
-            table[places + 2 * i], table[places + 2 * i + 1] = row * O * 4, image * O * 4
+            table[here + OWN] = (i // 16 * 512 + i % 16 * 16) * 4
+            table[here + RESULTS], table[here + STEP_R] = sink, 0
+            table[here + MORE], table[here + STEP_M], table[here + BIAS] = nothing, 0, nothing
+            if row >= 0:
+                table[here + RESULTS], table[here + STEP_R] = out.ctypes.data + row * O * 4, O
+                table[here + BIAS] = bias.ctypes.data + image * O * 4
+                if plus:
+                    table[here + MORE], table[here + STEP_M] = residual.ctypes.data + row * O * 4, O
         begin()
         for o in range(group * panels // groups, (group + 1) * panels // groups):
             now, turn = sums + turn * F * block * 512, 1 - turn  # while those of the panel before are merged
             for f in range(F):
                 for k in range(0, 3 * blocks, DEEP):
-                    panel = at(weight, ((o * F + f) * blocks * 3 + k) * STEP)
+                    panel, depth = (
+                        at(weight, ((o * F + f) * blocks * 3 + k) * STEP),
+                        min(DEEP, 3 * blocks - k),
+                    )
                     for t in range(t0, t1, 2):
                         a = at(flat, frame + f * line + (starts[t] - starts[t0]) * 32)
+                        far = (starts[t + 1] - starts[t]) * 32
                         to = at(flat, now + (f * block + t - t0) * 512)
-                        before, row, far, below = to, 16, 256, 512
+                        before, row, half, below = to, 16, 256, 512
                         if k == 0:
-                            before, row, far, below = at(zero, 0), 0, 0, 0
-                        product_beside(
-                            beside, todo, a, table_at(steps, k), 32, 16, (starts[t + 1] - starts[t]) * 32,
-                            panel, STEP, 16, 256, 512, before, shift(before, below), row, far,
-                            to, shift(to, 512), 16, 256, min(DEEP, 3 * blocks - k),
-                        )  # fmt: skip
-            while table[LEFT] > 0:
-                merge_row(todo)
-            table[ROWS] = table[LEFT] = (t1 - t0) * 16
-            table[SUMS], table[APART], table[PLACES] = scratch.ctypes.data + now * 4, block * 512, places
-            table[OUT], table[BIAS] = out.ctypes.data + o * 128, bias.ctypes.data + o * 128
-            table[MORE] = residual.ctypes.data + o * 128 if plus else table[ZERO]
+                            before, row, half, below = at(zero, 0), 0, 0, 0
+                        if (table[LEFT] > 0) | (table[TO_SPLIT] > 0):
+                            product_beside(
+                                on, todo, a, table_at(steps, k), 32, 16, far, panel, STEP, 16, 256, 512,
+                                before, shift(before, below), row, half, to, shift(to, 512), 16, 256, depth,
+                            )  # fmt: skip
+                        else:
+                            tile_product(
+                                a, table_at(steps, k), 32, 16, far, panel, STEP, 16, 256, 512,
+                                before, shift(before, below), row, half, to, shift(to, 512), 16, 256, depth,
+                            )  # fmt: skip
+            merge_rest(todo)
+            table[LEFT], table[ENTRY], table[PANEL] = (t1 - t0) * 16, lists + 8 * entries, o * 128
+            table[SUMS], table[SUMS_LINE] = scratch.ctypes.data + now * 4, block * 512
         end()
-    while table[LEFT] > 0:
-        merge_row(todo)
+    merge_rest(todo)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -259,8 +294,14 @@ def _layout(B, H, W, C, O, threads):
     ) | 1  # fmt: skip
     steps = [(c * length + i * P) * 32 for c in range(blocks) for i in range(3)]
     numbers = np.array([share, block, parts, P, length, groups, H * W], np.int64)
-    words = F * (C * length * min(2, parts) + block * STEP)
-    return count * groups, words, FREE + 64 * block, np.array(steps, np.int64), numbers
+    words = F * (C * length * min(2, parts) + block * STEP) + O + 64
+    return (
+        count * groups,
+        words,
+        FREE + 32 * block * ENTRY_SIZE + 8 * length * 2,
+        np.array(steps, np.int64),
+        numbers,
+    )
 
 
 def row_conv(x, weight, bias, residual=None):  # (B,H,W,C), row_weights, (1 or B, O) -> (B,H,W,O)
@@ -270,7 +311,7 @@ def row_conv(x, weight, bias, residual=None):  # (B,H,W,C), row_weights, (1 or B
     tables = shared("tables", (threads, size), np.int64)
     row_products(
         jobs, x.reshape(-1, C), source, weight, steps, starts, rows, bias,
-        NONE if residual is None else residual.reshape(-1), out.reshape(-1, O), _zeros(C),
+        NONE if residual is None else residual.reshape(-1), out.reshape(-1, O), _zeros(max(C, O)),
         scratch(words), tables, numbers,
     )  # fmt: skip
     return out
@@ -278,15 +319,23 @@ def row_conv(x, weight, bias, residual=None):  # (B,H,W,C), row_weights, (1 or B
 
 @parallel
 def split_rows(job, worker, weight, turned, out, scratch, tables):
-    """out[panel, f, c block, row] = G w as tiles of B; a job is one (panel, c block)."""
+    """out[panel, f, c block, row] = G w as tiles of B; a job is 32 rows of all taps, from left to right:
+    weights come from memory, in its order, some ahead of their use."""
     _, C, O = weight.shape
-    blocks, panels = (O // 32, C // 32) if turned else (C // 32, O // 32)
-    panel, c, table, spare = job // blocks, job % blocks, tables[worker], scratch[worker]
-    base, row = weight.ctypes.data + (c * 32 * O + panel * 32) * 4, O * 4
-    for i in range(3):
-        if turned:  # exchange channels in the cache first, then as above
+    wide, row, table, spare = O // 32, O * 4, tables[worker], scratch[worker]
+    blocks = wide if turned else C // 32
+    for u in range(3 * wide):
+        i, column, later = u // wide, u % wide * 32, u + 1
+        for j in range(3 if later < 3 * wide else 0):
+            tap = 3 * (later // wide) + j
+            for k in range(32):
+                first = ((8 - tap if turned else tap) * C + job * 32 + k) * O
+                prefetch(at(weight, first + later % wide * 32), 32)
+        panel, c = (job, u % wide) if turned else (u % wide, job)
+        base = weight.ctypes.data + (job * 32 * O + column) * 4
+        if turned:  # exchange channels in the cache first, then as below
             for j in range(3):
-                block = at(weight, ((8 - 3 * i - j) * C + panel * 32) * O + c * 32)
+                block = at(weight, ((8 - 3 * i - j) * C + job * 32) * O + column)
                 for k in range(4):
                     to = at(spare, j * 1024 + k * 256)
                     transpose16(shift(block, k // 2 * 16 * O + k % 2 * 16), O, to)
@@ -309,7 +358,7 @@ def row_weights(weight, turned=False, keep=False):  # (3,3,C,O) -> (panels, 6, 3
     shape = panels, F, 3 * blocks, STEP
     out = empty(shape) if keep else shared("weights", shape)
     split_rows(
-        panels * blocks, weight.reshape(9, C, O), int(turned), out, scratch(3072),
+        C // 32, weight.reshape(9, C, O), int(turned), out, scratch(3072),
         shared("tables", (parallel_cpu.threads(), TABLE), np.int64),
     )  # fmt: skip
     return out
@@ -339,7 +388,12 @@ def row_gradients(
     blocks of input channels and one of SET panels."""
     total, P, csets, osets, area = numbers
     C, O, (splits, units, _) = x.shape[1], dout.shape[1], partial.shape
-    blocks, panels, inputs = C // 32, O // 32, table_at(tables, worker * TABLE)
+    blocks, panels, inputs, table = (
+        C // 32,
+        O // 32,
+        table_at(tables, worker * TABLE),
+        tables[worker, TABLE - 8 :],
+    )
     split, cset, oset = job // (csets * osets), job // osets % csets, job % osets
     c0, c1 = cset * blocks // csets, (cset + 1) * blocks // csets
     o0, o1 = oset * panels // osets, (oset + 1) * panels // osets
@@ -367,12 +421,10 @@ def row_gradients(
             to = at(scratch, pairs + (e % 2 * length + e // 2) * 32)
             split_d(inputs, 2 * (o1 - o0), 32 * o0, 16, to, to_next, d_line, 16)
         if cset == 0:
-            for e in range(k0 * 32 + 2 * P, (k0 + count) * 32 + 2 * P):
-                for j in range(4):
-                    row = target[e, j]
-                    for o in range(2 * o0, 2 * o1 if row >= 0 else 0):
-                        s = at(sums, (split * sums.shape[1] + row // area) * O + 16 * o)
-                        add_runs(at(dout, row * O + 16 * o), at(zero, 0), s, s)
+            q = k0 * 32 + 2 * P
+            add_pixels(
+                target.reshape(-1), q, q + count * 32, 4, area, dout, 32 * o0, 32 * o1, sums, split, table
+            )
         for c in range(c0, c1):
             for o in range(o0, o1):
                 for f in range(F):

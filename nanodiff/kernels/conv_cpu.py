@@ -79,23 +79,27 @@ def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None)
     return out
 
 
-def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
+def conv_backward(dout, x, weight, stride, pad, dweight, dbias, wants_dx=True):
     B, H, W, C = x.shape
     kh, kw, _, O = weight.shape
     if AMX:
         if uses_rows(weight.shape, H, W, stride, pad):
             demb = amx_winograd_cpu.row_weight_gradient(x, dout, dweight)
             add_columns(demb, dbias)
+            if not wants_dx:
+                return None, demb
             turned = amx_winograd_cpu.row_weights(weight, turned=True)
             return amx_winograd_cpu.row_conv(dout, turned, np.zeros((1, C), np.float32)), demb
         shape, rows = (B, H, W, kh, kw, stride, tuple(pad)), dout.reshape(-1, O)
-        flat, dx = weight.reshape(-1, *weight.shape[2:]), empty(x.shape)
+        flat = weight.reshape(-1, *weight.shape[2:])
         gradient, area = dweight.reshape(flat.shape), dout.shape[1] * dout.shape[2]
         demb = amx_cpu.weight_products(
             amx_cpu.forward_plan(*shape), x.reshape(B * H * W, -1), rows, gradient, area
         )
         add_columns(demb, dbias)
-        plan, zero = amx_cpu.gradient_plan(*shape), np.zeros((1, x.shape[3]), np.float32)
+        if not wants_dx:
+            return None, demb
+        plan, zero, dx = amx_cpu.gradient_plan(*shape), np.zeros((1, C), np.float32), empty(x.shape)
         turned = amx_cpu.tile_weights(flat, plan, turned=True)
         amx_cpu.products(plan, rows, turned, zero, dx.reshape(B * H * W, -1))
         return dx, demb
@@ -103,11 +107,13 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):
     add_columns(demb, dbias)
     if uses_winograd(weight.shape, H, W, stride, pad):
         winograd_weight_gradient(x, dout, dweight)
+        if not wants_dx:
+            return None, demb
         return winograd(dout, transformed_weights(weight, turned=True), np.zeros((1, C), np.float32)), demb
     taps = _taps(kh, kw)
     taps[:, :2] -= pad[0]
     weight_gradient(x, dout, dweight.reshape(-1, O), taps, scale=stride)
-    return _data_gradient(dout, (B, H, W, C), weight, stride, pad), demb
+    return _data_gradient(dout, (B, H, W, C), weight, stride, pad) if wants_dx else None, demb
 
 
 def _data_gradient(dout, shape, weight, stride, pad):

@@ -22,13 +22,17 @@ def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None)
     return out
 
 
-def conv_backward(dout, x, weight, stride, pad, dweight, dbias):  # -> dx like x, demb (B,O) float32
+def conv_backward(
+    dout, x, weight, stride, pad, dweight, dbias, wants_dx=True
+):  # -> dx like x, demb (B,O) float32
     B, H, W, C = x.shape
     kh, kw, _, O = weight.shape
     OH, OW = dout.shape[1:3]
     window = dict(images=B, kh=kh, kw=kw, stride=stride, pad=pad[0])
     forward = dict(H=H, W=W, OH=OH, OW=OW, N=O, C=C, lda=C, ldb=O, ldo=O)
     demb = add_gradients(window | forward, x, dout, dweight, dbias, OH * OW)
+    if not wants_dx:
+        return None, demb
     dx = empty(x.shape, x.dtype)
     back = dict(H=OH, W=OW, OH=H, OW=W, N=C, C=O, lda=O, ldb=O, ldo=C, parts=stride * stride)
     multiply("NT", dout, operand(weight, x.dtype), dx, **window, **back)

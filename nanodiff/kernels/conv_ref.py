@@ -31,8 +31,8 @@ def conv_forward(x, weight, bias, stride=1, pad=(0, 0), emb=None, residual=None)
     return out if residual is None else out + residual
 
 
-def conv_backward(dout, x, weight, stride, pad, dweight, dbias):  # -> dx (B,H,W,C), demb (B,O)
-    """dx and demb for the forward above; adds into dweight and dbias.
+def conv_backward(dout, x, weight, stride, pad, dweight, dbias, wants_dx=True):  # -> dx (B,H,W,C), demb (B,O)
+    """dx (None unless wanted) and demb for the forward above; adds into dweight and dbias.
 
     Written with the padded input xp, every output is a sum over taps (i, j):
         out[b, y, x] = sum_(i,j) xp[b, y s + i, x s + j] @ weight[i, j] + bias + emb[b]
@@ -48,6 +48,8 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias):  # -> dx (B,H,W
     dweight += np.einsum("byxcij,byxo->ijco", _windows(xp, kh, kw, stride), dout, optimize=True)
     demb = dout.sum((1, 2))
     dbias += demb.sum(0)
+    if not wants_dx:
+        return None, demb
     dxp = np.zeros_like(xp)
     for i in range(kh):
         for j in range(kw):

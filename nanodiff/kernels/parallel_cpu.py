@@ -94,15 +94,21 @@ def _cache_folder():
 CACHE = _cache_folder()
 
 
-def njit(function=None, *, flags=()):
-    """numba.njit as every kernel wants it. `flags`: named LLVM liberties, such as {"contract", "reassoc"}."""
+def njit(function=None, *, flags=(), inline=False):
+    """numba.njit as every kernel wants it. `flags`: named LLVM liberties, such as {"contract", "reassoc"};
+    inline: put into the body of each caller."""
     if function is None:
-        return lambda f: njit(f, flags=flags)
+        return lambda f: njit(f, flags=flags, inline=inline)
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(CACHE or before)  # read when the dispatcher is made, by nobody else
     try:
         return numba.njit(
-            function, nogil=True, error_model="numpy", fastmath=set(flags), cache=CACHE is not None
+            function,
+            nogil=True,
+            error_model="numpy",
+            fastmath=set(flags),
+            cache=CACHE is not None,
+            forceinline=inline,
         )
     finally:
         numba.config.CACHE_DIR = before

@@ -16,12 +16,13 @@ values, in which order, does not matter as long as both agree. Where there is no
 NANODIFF_AMX=emulate runs the same code with tiles in ordinary memory: for tests, slowly.
 """
 
+import functools
+
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.compiler import Flags
-from numba.core.cpu_options import FastMathOptions
 from numba.extending import intrinsic
 
 from nanodiff.kernels.parallel_cpu import AMX
@@ -148,7 +149,8 @@ def end(typingctx):
     return types.void(), codegen
 
 
-def _product(b, args, each=lambda: None):
+def _product(b, args, beside=(), then=lambda: None):
+    """beside: each of up to 12 emits what follows a product of a step; then: what follows the last."""
     A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half = args[:10]
     I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth = args[10:]
     unit = _unit(b)
@@ -161,9 +163,12 @@ def _product(b, args, each=lambda: None):
     with cgutils.for_range(b, depth) as loop:
         a, w = at(A, b.load(at(steps, loop.index))), at(B, b.mul(loop.index, b_step))
 
+        more = iter(beside)
+
         def product(*sums):
             for i in sums:
                 unit.product(i, 4 + i // 2, 6 + i % 2)
+                next(more, lambda: None)()
 
         unit.load(4, a, a_row)  # hi
         unit.load(6, at(w, b_lo), b_row)
@@ -180,7 +185,7 @@ def _product(b, args, each=lambda: None):
         product(3, 0)
         unit.load(5, at(a, a_lo, a_half), a_row)
         product(1, 2, 3)
-        each()
+        then()
     for i, p in enumerate((C0, at(C0, c_half), C1, at(C1, c_half))):
         unit.store(i, p, c_row)
 
@@ -211,28 +216,6 @@ def tile_product(
         return context.get_dummy_value()
 
     return types.void(*_PRODUCT), codegen
-
-
-@intrinsic
-def product_beside(
-    typingctx, work, todo, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
-    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth,
-):  # fmt: skip
-    """tile_product that calls work(todo), a Numba function, at every step: the unit takes some 290 cycles for
-    a step and the processor runs ahead of it by some 500 instructions, so that a piece of work of up to 200
-    is done meanwhile, for next to nothing. todo: a table of all that it needs, since an array as an argument
-    is ten numbers to hand over."""
-    sig = types.void(addresses)
-
-    def codegen(context, b, _, args):
-        flags = Flags()
-        flags.error_model, flags.nrt = "numpy", True
-        flags.fastmath = FastMathOptions(work.dispatcher.targetoptions["fastmath"])
-        compiled = context.compile_subroutine(b, work.dispatcher.py_func, sig, flags=flags)
-        _product(b, args[2:], lambda: context.call_internal_no_propagate(b, compiled.fndesc, sig, [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(work, addresses, *_PRODUCT), codegen
 
 
 def _split(b, x, y, hi, lo):
@@ -325,6 +308,96 @@ def make_merge(rule, n):
         return types.void(pointer, i, i, pointer, i, pointer, i, pointer), codegen
 
     return merge
+
+
+# What product_beside finds in its table. To split: where the addresses of six inputs are, floats to skip
+# there; where the words go, floats from one line of them to the next. To merge: where a row's entry is, the
+# first sums, floats from one line of them to the next, and bytes to skip at the addresses in the entry.
+INPUTS, SKIP, WORDS_TO, WORDS_LINE, ENTRY, SUMS, SUMS_LINE, PANEL = range(8)
+# A row's entry: bytes from the first sums to its own, the address of its results and floats from one to the
+# next, what to add to them, likewise, and what to add to all.
+OWN, RESULTS, STEP_R, MORE, STEP_M, BIAS, ENTRY_SIZE = 0, 1, 2, 3, 4, 5, 8
+
+
+def _beside(b, table, split, merge):
+    """Twelve pieces of work: six inputs each of two runs to six words (split), six runs of sums, twice, to
+    four results each (merge)."""
+    i64 = functools.partial(ir.Constant, I64)
+    number = lambda p, i: b.load(b.gep(p, [i64(i)]))  # noqa: E731
+    run = lambda address, skip: b.gep(b.inttoptr(address, F32.as_pointer()), [skip])  # noqa: E731
+    steps = lambda step, i, more=0: b.add(b.mul(step, i64(i)), i64(more))  # noqa: E731
+    lines, results = [], []
+
+    def gather(more):
+        inputs = b.inttoptr(number(table, INPUTS), I64.as_pointer())
+        skip = b.add(number(table, SKIP), i64(more))
+        lines.append(split(*(_InOrder(b, _load(b, run(number(inputs, i), skip))) for i in range(6))))
+
+    def word(f):
+        hi = run(number(table, WORDS_TO), steps(number(table, WORDS_LINE), f))
+        _split(b, lines[0][f].value, lines[1][f].value, hi, b.gep(hi, [i64(16)]))
+
+    def entry(i):
+        return number(b.inttoptr(number(table, ENTRY), I64.as_pointer()), i)
+
+    def gather_sums(half):
+        first, line = b.add(number(table, SUMS), entry(OWN)), number(table, SUMS_LINE)
+        values = (_load(b, run(first, steps(line, f, 256 * half))) for f in range(6))
+        results.append(merge(*(_InOrder(b, v) for v in values)))
+
+    def write(half):
+        skip, step, more_step = number(table, PANEL), entry(STEP_R), entry(STEP_M)
+        to, more, bias = (b.add(entry(i), skip) for i in (RESULTS, MORE, BIAS))
+        bias = _InOrder(b, _load(b, run(bias, i64(16 * half))))
+        for j, y in enumerate(results[half]):
+            y = y + bias + _InOrder(b, _load(b, run(more, steps(more_step, j, 16 * half))))
+            _store(b, y.value, run(to, steps(step, j, 16 * half)))
+
+    pieces = [(gather, 0), (gather, 16), *((word, f) for f in range(6))]
+    pieces += [(gather_sums, 0), (write, 0), (gather_sums, 1), (write, 1)]
+    return [functools.partial(*piece) for piece in pieces]
+
+
+def make_beside(split, merge):
+    """(product_beside, split, merge): a product beside which the processor does other work; each work alone.
+
+    product_beside(on, table, *arguments of tile_product): the table says where the work of a step is, one
+    `split` and one `merge`, 1-D transforms like those of make_split and make_merge; after each step on(table),
+    a Numba function, moves on to the next. The unit takes 16 cycles for each product, and the processor runs
+    ahead of it by some 500 instructions. That is why the work comes in twelve pieces, one behind each product:
+    all of it behind the last one would fill that window while the unit waits (86 for 68 ns a step)."""
+
+    def call(context, b, function, table):
+        flags, sig = Flags(), types.void(addresses)
+        flags.error_model, flags.nrt, flags.forceinline = "numpy", True, True
+        compiled = context.compile_subroutine(b, function.dispatcher.py_func, sig, flags=flags)
+        context.call_internal_no_propagate(b, compiled.fndesc, sig, [table])
+
+    @intrinsic
+    def product_beside(
+        typingctx, on, table, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
+        I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth,
+    ):  # fmt: skip
+        def codegen(context, b, _, args):
+            then = functools.partial(call, context, b, on, args[1])
+            _product(b, args[2:], _beside(b, args[1], split, merge), then)
+            return context.get_dummy_value()
+
+        return types.void(on, addresses, *_PRODUCT), codegen
+
+    def alone(pieces):
+        @intrinsic
+        def work(typingctx, table):
+            def codegen(context, b, _, args):
+                for piece in _beside(b, args[0], split, merge)[pieces]:
+                    piece()
+                return context.get_dummy_value()
+
+            return types.void(addresses), codegen
+
+        return work
+
+    return product_beside, alone(slice(8)), alone(slice(8, 12))
 
 
 @intrinsic
