@@ -146,10 +146,10 @@ def _zeros(n):
 
 # ---- y and dx ----
 # What a job does beside its products is in a table: first what product_beside reads (tiles_cpu.py), then rows
-# left to merge and positions left to split; the blocks of 32 channels of one; bytes in the frame from one block
-# to the next, and from the last one back to the next position; the sink, where work goes that nobody needs, and
-# the entries of that; then lists of entries and of addresses, so that no step has to decide anything: a wrong
-# guess of the processor costs the unit its queue.
+# left to merge and positions left to split; the blocks of 32 channels of one; bytes in the frame from one
+# block to the next, and from the last one back to the next position; the sink, where work goes that nobody
+# needs, and the entries of that; then lists of entries and of addresses, so that no step has to decide
+# anything: a wrong guess of the processor costs the unit its queue.
 LEFT, TO_SPLIT, BLOCKS, NEXT, BACK, SINK, NO_INPUTS, NO_ENTRY, FREE = *range(8, 16), 32
 
 

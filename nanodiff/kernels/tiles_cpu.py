@@ -362,10 +362,11 @@ def make_beside(split, merge):
     """(product_beside, split, merge): a product beside which the processor does other work; each work alone.
 
     product_beside(on, table, *arguments of tile_product): the table says where the work of a step is, one
-    `split` and one `merge`, 1-D transforms like those of make_split and make_merge; after each step on(table),
-    a Numba function, moves on to the next. The unit takes 16 cycles for each product, and the processor runs
-    ahead of it by some 500 instructions. That is why the work comes in twelve pieces, one behind each product:
-    all of it behind the last one would fill that window while the unit waits (86 for 68 ns a step)."""
+    `split` and one `merge`, 1-D transforms like those of make_split and make_merge; after each step
+    on(table), a Numba function, moves on to the next. The unit takes 16 cycles for each product, and the
+    processor runs ahead of it by some 500 instructions. That is why the work comes in twelve pieces, one
+    behind each product: all of it behind the last one would fill that window while the unit waits (86 for
+    68 ns a step)."""
 
     def call(context, b, function, table):
         flags, sig = Flags(), types.void(addresses)
