@@ -675,9 +675,9 @@ def test_a_cifar10_step_at_batch_128_keeps_to_the_limits(capability, dtype, giga
         assert threads % 32 == 0 and 32 <= threads <= 1024 and block[1:] == (1, 1), what
         assert smem <= most and sum(a.nbytes for a in args) <= 4096, what
     count = Counter(kernel for _, kernel, *_ in recorder.calls)
-    # 113 convolutions and linear layers: one product forward, two backward (the first layers' dx too); and
-    # each of 6 attentions: 2 forward, 5 backward
-    assert count["gemm"] == 3 * 113 + 7 * 6 and len(recorder.calls) <= 920, count
+    # 113 convolutions and linear layers: one product forward, two backward (but for dx of the first one);
+    # and each of 6 attentions: 2 forward, 5 backward
+    assert count["gemm"] == 3 * 113 - 1 + 7 * 6 and len(recorder.calls) <= 920, count
     assert len({(source, defines) for source, *_, defines in recorder.calls}) <= 48  # modules to compile
 
 

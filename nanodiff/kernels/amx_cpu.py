@@ -197,15 +197,16 @@ def line_products(
     sums, none, many = frame + lines * blocks * length * 32, at(ZERO, 0), bias.shape[0] > 1
     for line in range(lines):
         for i in range(starts[t1 - 1] + 16 + span - q0):
-            row = source[line, q0 + i]
+            row, later = source[line, q0 + i], source[line, q0 + i + 4]
+            if later >= 0:
+                prefetch(at(x, later * C), C)
             for c in range(blocks):
                 to = at(flat, frame + ((line * blocks + c) * length + i) * 32)
-                first = second = none
-                if row >= 0:
+                if (row >= 0) & (c * 32 + 16 < C):
                     first = at(x, row * C + c * 32)
-                    if c * 32 + 16 < C:
-                        second = shift(first, 16)
-                split_pair(first, second, to, shift(to, 16))
+                    split_pair(first, shift(first, 16), to, shift(to, 16))
+                else:
+                    split_pair(at(x, row * C + c * 32) if row >= 0 else none, none, to, shift(to, 16))
     begin()
     c0, c1 = at(flat, sums), at(flat, sums + 2 * TILE)
     for k in range(classes):
