@@ -181,9 +181,9 @@ def test_twenty_steps_of_training_equal_pytorch(device):
     assert want_losses[-1] < 0.9 * want_losses[0]  # and something was learned
     np.testing.assert_allclose(losses, want_losses, rtol=1e-4)
     # The gradient of to_k.bias is zero, so Adam walks along the signs of its rounding noise. So do single
-    # weights whose gradient happens to be smaller than that noise (4e-6 of the largest, of bfloat16 pairs): one
-    # or two in each first step, by up to lr each. The five weights that differ most are left to that, all
-    # others agree to 2e-5 of their norm. A decay one step late makes 3e-4.
+    # weights whose gradient happens to be smaller than that noise (4e-6 of the largest, of bfloat16 pairs):
+    # one or two in each of the first steps, by up to lr each. The five weights that differ most are left to
+    # that, all others agree to 2e-5 of their norm. A decay one step late makes 3e-4.
     names = [name for name in average if not name.endswith("to_k.bias")]
     with opt.with_ema():
         got = np.concatenate([np.ravel(ours.params[name].data) for name in names])
