@@ -180,14 +180,18 @@ def test_twenty_steps_of_training_equal_pytorch(device):
     assert min(norms) < clip < max(norms)  # both branches of the clipping were taken
     assert want_losses[-1] < 0.9 * want_losses[0]  # and something was learned
     np.testing.assert_allclose(losses, want_losses, rtol=1e-4)
-    # The gradient of to_k.bias is zero, so Adam walks along the signs of its rounding noise. So do single
-    # weights whose gradient happens to be smaller than that noise (4e-6 of the largest, of bfloat16 pairs):
-    # one or two in each of the first steps, by up to lr each. The five weights that differ most are left to
-    # that, all others agree to 2e-5 of their norm. A decay one step late makes 3e-4.
+    # The gradient of to_k.bias is zero, so Adam walks along the signs of its rounding noise. Elsewhere noise
+    # moves a few weights of nearly zero gradient: 3e-6 of the norm of all. A decay one step late makes 3e-4.
     names = [name for name in average if not name.endswith("to_k.bias")]
     with opt.with_ema():
         got = np.concatenate([np.ravel(ours.params[name].data) for name in names])
     wanted = np.concatenate([np.ravel(to_nanodiff(name, average[name])) for name in names])
-    same = np.argsort(np.abs(got - wanted))[:-5]
-    assert relative(got[same], wanted[same]) <= 2e-5
-    assert np.abs(got - wanted).max() <= 3 * lr
+    if AMX and device == "cpu":
+        # Where a gradient is below 4e-6 of the largest, its sign is noise of bfloat16 pairs: one or two
+        # weights in each of the first steps go the other way, by up to lr. Which ones is chance; a single one
+        # is 4e-5 of the norm of all. Five are left to that, and all others held to less.
+        assert np.abs(got - wanted).max() <= 3 * lr
+        same = np.argsort(np.abs(got - wanted))[:-5]
+        assert relative(got[same], wanted[same]) <= 2e-5
+    else:
+        assert relative(got, wanted) <= 3e-5
