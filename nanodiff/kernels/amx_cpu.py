@@ -34,7 +34,7 @@ from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, t
 STEP = 1024  # words of B for one step of tile_product
 NONE, ZERO = np.zeros(0, np.float32), np.zeros(16, np.float32)
 FRAME = 1 << 16  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
-SOON = 1  # block of weights that is asked for ahead
+SOON, NEAR = 1, 4  # blocks of weights and rows of x that are asked for ahead
 DEEP = 4  # steps of 32 positions for which a weight gradient's operands stay in the L1 cache
 CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a 2 MB L2 cache
 
@@ -197,7 +197,7 @@ def line_products(
     sums, none, many = frame + lines * blocks * length * 32, at(ZERO, 0), bias.shape[0] > 1
     for line in range(lines):
         for i in range(starts[t1 - 1] + 16 + span - q0):
-            row, later = source[line, q0 + i], source[line, q0 + i + 4]
+            row, later = source[line, q0 + i], source[line, q0 + i + NEAR]
             if later >= 0:
                 prefetch(at(x, later * C), C)
             for c in range(blocks):
