@@ -27,8 +27,9 @@ class Layer:
             )
         return self._stack.pop()
 
-    def weights(self, name, shape, fan_in, fan_out, zero):
-        """A weight and its bias, initialised as the network asks.
+    def weights(self, name, shape, fan_in, fan_out, zero, parts=()):
+        """A weight and its bias, initialised as the network asks; or a stack of them, with names of its
+        parts.
 
         "ddpm": uniform with variance 2 / (fan_in + fan_out), bias 0; layers that end a residual branch start
         at 0, so that every block starts as the identity (Ho et al. 2020). "torch": uniform +-1 / sqrt(fan_in)
@@ -37,18 +38,22 @@ class Layer:
         torch = 1 / math.sqrt(fan_in)
         ddpm = "zero" if zero else math.sqrt(6 / (fan_in + fan_out))
         pick = (torch, torch) if self.net.init == "torch" else (ddpm, "zero")
-        return (
-            self.net.params.add(f"{name}.weight", shape, pick[0]),
-            self.net.params.add(f"{name}.bias", shape[-1:], pick[1]),
-        )
+
+        def add(what, *args):
+            params, names = self.net.params, [f"{name}.{part}.{what}" for part in parts]
+            return params.stack(names, *args) if parts else params.add(f"{name}.{what}", *args)
+
+        return add("weight", shape, pick[0]), add("bias", shape[-1:], pick[1])
 
 
 class Linear(Layer):
-    def __init__(self, net, name, C, O, zero=False):
-        super().__init__(net)
-        self.weight, self.bias = self.weights(name, (C, O), C, O, zero)
+    """`parts`: the names of S layers of the same input that are made at once, so that it is read once."""
 
-    def forward(self, x, residual=None):  # (..., C) -> (..., O)
+    def __init__(self, net, name, C, O, zero=False, parts=()):
+        super().__init__(net)
+        self.weight, self.bias = self.weights(name, (C, O), C, O, zero, parts)
+
+    def forward(self, x, residual=None):  # (..., C) -> (..., O), or (S, ..., O)
         self.save(x)
         return self.k.linear_forward(x, self.weight.data, self.bias.data, residual)
 
@@ -151,13 +156,13 @@ class Attention(Layer):
         super().__init__(net)
         self.heads, self.divisor, D = C // head, divisor, C // head * head
         self.norm = GroupNorm(net, f"{name}.group_norm", C, groups, eps, act=None) if groups else None
-        self.to_q, self.to_k, self.to_v = (Linear(net, f"{name}.{p}", C, D) for p in ("to_q", "to_k", "to_v"))
+        self.to_qkv = Linear(net, name, C, D, parts=("to_q", "to_k", "to_v"))
         self.to_out = Linear(net, f"{name}.to_out.0", D, C, zero=True)
 
     def forward(self, x):  # (B,H,W,C) -> (B,H,W,C)
         B, H, W, C = x.shape
         h = (self.norm.forward(x) if self.norm else x).reshape(B, H * W, C)
-        q, k, v = self.to_q.forward(h), self.to_k.forward(h), self.to_v.forward(h)
+        q, k, v = self.to_qkv.forward(h)
         out, lse = self.k.attention_forward(q, k, v, self.heads)
         self.save(q, k, v, out, lse)
         out = self.to_out.forward(out, residual=x.reshape(h.shape)).reshape(x.shape)
@@ -168,9 +173,8 @@ class Attention(Layer):
         dout = divided(self.k, dout, self.divisor)
         q, k, v, out, lse = self.saved()
         dh = self.to_out.backward(dout.reshape(B, H * W, C))
-        dq, dk, dv = self.k.attention_backward(dh, q, k, v, out, lse, self.heads)
-        dh = self.k.add(self.to_q.backward(dq), self.to_k.backward(dk))  # h fed q, k and v
-        dh = self.k.add(dh, self.to_v.backward(dv)).reshape(dout.shape)
+        dqkv = self.k.attention_backward(dh, q, k, v, out, lse, self.heads)
+        dh = self.to_qkv.backward(dqkv).reshape(dout.shape)
         # x fed the block and the residual
         return self.norm.backward(dh, residual=dout)[0] if self.norm else self.k.add(dh, dout)
 

@@ -31,14 +31,14 @@ class Param:
 
 
 class Params:
-    """Layers `add` their tensors; `allocate` lays them end to end and initialises them.
+    """Layers `add` or `stack` their tensors; `allocate` lays them end to end and initialises them.
 
     data, grad   flat arrays of the device (the few floats between two tensors stay 0)
     count        number of weights
     """
 
     def __init__(self):
-        self._named, self._end, self.ctx = {}, 0, None
+        self._named, self._stacks, self._end, self.ctx = {}, [], 0, None
         self.data = self.grad = None
 
     def add(self, name, shape, init):
@@ -46,6 +46,15 @@ class Params:
         self._named[name] = param = Param(name, tuple(shape), init, self._end)
         self._end += -(-param.size // ALIGN) * ALIGN
         return param
+
+    def stack(self, names, shape, init):
+        """One tensor, (len(names), *shape), whose slices have names."""
+        stack = Param(f"{names[0]}..", (len(names), *shape), init, self._end)
+        for i, name in enumerate(names):
+            self._named[name] = Param(name, tuple(shape), init, self._end + i * math.prod(shape))
+        self._stacks.append(stack)
+        self._end += -(-stack.size // ALIGN) * ALIGN
+        return stack
 
     def allocate(self, ctx, seed):
         """Make both arrays. Tensor number i draws from (seed, i): the same weights on every device."""
@@ -62,7 +71,7 @@ class Params:
             ctx.to_device(_aligned_zeros(self._end, ctx.dtype)),
         )
         ctx.add_shadow(self.data)
-        for p in self._named.values():
+        for p in (*self._named.values(), *self._stacks):
             p.data = self.data[p.start : p.start + p.size].reshape(p.shape)
             p.grad = self.grad[p.start : p.start + p.size].reshape(p.shape)
 

@@ -100,7 +100,8 @@ def run(rendition, op, arguments, dtype=np.float32):
     out = getattr(k, op)(*args)
     for n, a, b in zip(names, args, before):
         assert n in WRITTEN or not isinstance(a, array) or a.tobytes() == b.tobytes(), f"{op} wrote into {n}"
-    returned = [] if out is None else list(out) if isinstance(out, tuple) else [out]
+    several = isinstance(out, tuple) or op == "attention_backward"  # dq, dk, dv, which are one array
+    returned = [] if out is None else list(out) if several else [out]
     return returned + [a for n, a in zip(names, args) if n in WRITTEN]
 
 
@@ -183,9 +184,10 @@ def _normals(n, *options):  # n arrays of d.shape, then the dimensions named in 
 
 
 def _linear(rng, d):
-    weight = _normal(rng, d.C, d.O) / np.float32(d.C**0.5)
+    stack = [d.stack] if getattr(d, "stack", 0) else []
+    weight = _normal(rng, *stack, d.C, d.O) / np.float32(d.C**0.5)
     residual = _normal(rng, *d.shape, d.O) if d.residual else None
-    return [_normal(rng, *d.shape, d.C), weight, _normal(rng, d.O), residual]
+    return [_normal(rng, *d.shape, d.C), weight, _normal(rng, *stack, d.O), residual]
 
 
 def _conv(rng, d):  # plus: "e" an embedding, "r" a residual
@@ -276,6 +278,8 @@ def _backward(op, leaves, results="out", flops=2, **changes):
 
 # ---- PyTorch: images in its order of dimensions are views of the same memory, "channels last" ----
 def _torch_linear(torch, x, weight, bias, residual):
+    if weight.ndim == 3:
+        return torch.stack([torch.nn.functional.linear(x, w.T, b) for w, b in zip(weight, bias)])
     out = torch.nn.functional.linear(x, weight.T, bias)
     return out if residual is None else out.add_(residual)
 
@@ -357,6 +361,8 @@ def _each(flops):  # operations for each element of d.shape
 _LINEARS = _dims(
     "shape C O residual",
     "1 1 1 0, 3 5 16 1, 2x7 24 3 0, 13 48 32 1, 2x33 16 48 0, 200 3 5 1, 3x40 33 17 0, 1x600 16 16 1",
+) + _dims(
+    "shape C O residual stack", "1 1 1 0 1, 2x3 5 3 0 3, 3x40 33 17 0 2, 2x64 64 32 0 3, 1x257 16 48 0 3"
 )
 _CONVS = _dims(
     "B H W C O K stride pad plus",  # plus: e(mbedding), r(esidual)
@@ -400,7 +406,8 @@ _draw = _normals(0, "shape", "seed", "step", "purpose", "first")
 CASES = {
     "linear_forward": Case(
         _linear, _LINEARS, dict(shape=(8, 256), C=256, O=256, residual=0),
-        lambda d: 2 * math.prod(d.shape) * d.C * d.O, _torch_linear, lambda d: product_error(d.C),
+        lambda d: 2 * math.prod(d.shape) * d.C * d.O * (getattr(d, "stack", 0) or 1), _torch_linear,
+        lambda d: product_error(d.C),
         floor=unit_floor),
     "conv_prepare": Case(
         lambda rng, d: [_conv(rng, d)[1], d.H, d.W, d.stride, d.pad], _CONVS, _CONV, lambda d: 0,

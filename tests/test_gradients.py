@@ -30,9 +30,9 @@ def added(backward, *params):
 
 # ---- ops: the whole Jacobian for every input and every parameter ----
 @pytest.mark.parametrize("shape, C, O", [((1,), 1, 1), ((4,), 3, 5), ((2, 3), 4, 2)])
-@pytest.mark.parametrize("residual", [False, True])
-def test_linear(shape, C, O, residual):
-    v = arrays(0, x=(*shape, C), weight=(C, O), bias=O, residual=(*shape, O))
+@pytest.mark.parametrize("residual, stack", [(False, ()), (True, ()), (False, (3,))])
+def test_linear(shape, C, O, residual, stack):
+    v = arrays(0, x=(*shape, C), weight=(*stack, C, O), bias=(*stack, O), residual=(*shape, O))
 
     def gradients(dout):
         dx, dw, db = added(

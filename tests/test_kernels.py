@@ -112,10 +112,11 @@ def test_any_convolution_by_winograd(B, H, W, C, O, plus):
 
 @drawn
 @given(shape=st.lists(st.integers(1, 30), min_size=1, max_size=3), C=st.integers(1, 70), O=st.integers(1, 70),
-       residual=st.booleans())  # fmt: skip
-def test_any_linear(shape, C, O, residual):
-    agree("linear_forward", dict(shape=tuple(shape), C=C, O=O, residual=residual))
-    agree("linear_backward", dict(shape=tuple(shape), C=C, O=O, residual=residual))
+       residual=st.booleans(), stack=st.sampled_from([0, 0, 1, 3]))  # fmt: skip
+def test_any_linear(shape, C, O, residual, stack):
+    dims = dict(shape=tuple(shape), C=C, O=O, residual=residual and not stack, stack=stack)
+    agree("linear_forward", dims)
+    agree("linear_backward", dims)
 
 
 @drawn

@@ -13,15 +13,15 @@ know of strides. Gradients:
     dweight[tap] = sum over q of line[q]^T dout[q - distance]: a product along the line
 
 Lines are not kept. A job splits its part of x (tiles_cpu.py) into scratch memory that stays in its L2 cache:
-    frame [line, C/32, position, (hi, lo), 16 words]      word i = channels i and i + 16 of 32
+    frame [line, C/32, (hi, lo), position, 16 words]      word i = channels i and i + 16 of 32
     weight [O/32, C/32 * taps, 2, (hi, lo), 16, 16]       the same words of 2 x 16 output channels: tiles of B
 and for a weight gradient, where the sum runs along the line, a word = positions q and q + 1:
     xt [line, position/32, C/16, (hi, lo), 16, 16]        channels by words: tiles of A
-    pairs [O/16, q % 2, q/2, (hi, lo), 16]                at every q, so that any distance has its pairs
+    pairs [O/16, q % 2, (hi, lo), q/2, 16]                at every q, so that any distance has its pairs
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, t
 
 STEP = 1024  # words of B for one step of tile_product
 NONE, ZERO = np.zeros(0, np.float32), np.zeros(16, np.float32)
-FRAME = 1 << 16  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
+FRAME = 1 << 17  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
 SOON, NEAR = 1, 4  # blocks of weights and rows of x that are asked for ahead
 DEEP = 4  # steps of 32 positions for which a weight gradient's operands stay in the L1 cache
 CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a 2 MB L2 cache
@@ -46,8 +46,7 @@ class Plan:
     of the outputs of class k; span: the largest distance.
     starts[t]: the position of the first row of tile t, an even number of them; rows[16 (k tiles + t) + i]:
     the row of out that its row i goes to, -1 for none; run[k, t]: the first of them, if all 16 follow one
-    another, else -1. For the weight gradient: target[q]: the row of dout at position q - span; back: (line,
-    span - distance, tap); n: the positions."""
+    another, else -1."""
 
     source: np.ndarray
     taps: tuple
@@ -55,8 +54,17 @@ class Plan:
     starts: np.ndarray
     rows: np.ndarray
     run: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Back:
+    """source, span: as in a Plan; target[line, q]: the row of dout at position q - span, -1 for none, each
+    once on one of the lines; taps: (line of x, span - distance, tap, line of dout); n: the positions."""
+
+    source: np.ndarray
+    taps: np.ndarray
+    span: int
     target: np.ndarray
-    back: np.ndarray
     n: int
 
 
@@ -72,61 +80,83 @@ def _pitch(size, out, stride, low, more):
     )
 
 
+def _shifts(size, out, stride, taps):
+    """Along each axis the smallest shift of a window in outputs, by how much the largest exceeds it, and the
+    pitch."""
+    shifts = [[tap[axis] // stride for tap in taps] for axis in (0, 1)]
+    low, more = [min(s) for s in shifts], [max(s) - min(s) for s in shifts]
+    return low, more, [_pitch(size[a], out[a], stride, low[a], more[a]) for a in (0, 1)]
+
+
+def _lines(B, size, stride, row, columns, R, P, n):
+    """Where the pixels are on each line, (stride * columns, n): R x P positions an image, of pixels from
+    (row + i, column) on, a stride apart, for i < stride and each column."""
+    source = np.full((stride, len(columns), n), -1, np.int32)
+    for i in range(stride):
+        for j, column in enumerate(columns):
+            v, w = (row + stride * np.arange(R) + i)[:, None], column + stride * np.arange(P)
+            inside = (v >= 0) & (v < size[0]) & (w >= 0) & (w < size[1])
+            rows = np.arange(B)[:, None, None] * size[0] * size[1] + np.where(inside, v * size[1] + w, 0)
+            source[i, j, : B * R * P] = np.where(inside, rows, -1).ravel()
+    return source.reshape(-1, n)
+
+
 def _plan(B, size, out, stride, classes, target):
     """size, out: (H, W) of x and of one class of outputs. classes: for each a list of (row shift, column
     shift, tap); output (y, x) reads pixel (y, x) * stride + shift. target(k): the rows of out of its outputs,
     (B, h, w)."""
-    shifts = [[tap[axis] // stride for taps in classes for tap in taps] for axis in (0, 1)]
-    low, more = [min(s) for s in shifts], [max(s) - min(s) for s in shifts]
-    R, P = (_pitch(size[a], out[a], stride, low[a], more[a]) for a in (0, 1))
-    n, span = -(-B * R * P // 32) * 32, more[0] * P + more[1]
-    source = np.full((stride, stride, n + span + 32), -1, np.int32)
-    y, x = (stride * (np.arange((R, P)[a])[:, None] + low[a]) + np.arange(stride) for a in (0, 1))
-    for i in range(stride):
-        for j in range(stride):
-            v, w = y[:, i, None], x[None, :, j]
-            inside = (v >= 0) & (v < size[0]) & (w >= 0) & (w < size[1])
-            rows = np.arange(B)[:, None, None] * size[0] * size[1] + np.where(inside, v * size[1] + w, 0)
-            source[i, j, : B * R * P] = np.where(inside, rows, -1).ravel()
-    # tiles of 16 positions end to end, or, if images are so wide, along their rows: the last ends with the
-    # row
+    members = [tap for taps in classes for tap in taps]
+    low, more, (R, P) = _shifts(size, out, stride, members)
+    columns = [stride * low[1] + j for j in range(stride)]
+    narrow = more[1] > 0 and out[1] in (1, 2, 4, 8)
+    if narrow:  # whole rows in a tile: a line for each column of a window instead of zeros between rows
+        P, columns = out[1], sorted({tap[1] for tap in members})
+    n, span = -(-B * R * P // 32) * 32, more[0] * P + (not narrow) * more[1]
+    source = _lines(B, size, stride, stride * low[0], columns, R, P, n + span + 32)
+    # tiles of 16 positions end to end, or of whole images, or, if images are so wide, along their rows: the
+    # last ends with the row
     if out[1] >= 16:
         within = np.minimum(np.arange(0, out[1], 16), out[1] - 16)
         first = (np.arange(B)[:, None, None] * R + np.arange(out[0])[:, None]) * P + within
+    elif narrow and out[0] * P % 16 == 0:
+        first = np.arange(B)[:, None] * R * P + np.arange(0, out[0] * P, 16)
     else:
         first = np.arange(0, n, 16)
     starts = np.append(first, first.flat[-1:].repeat(first.size % 2)).astype(np.int32)
     targets, taps = np.full((len(classes), n), -1, np.int32), []
-    for k, members in enumerate(classes):
+    for k, some in enumerate(classes):
         full, found = np.full((B, R, P), -1, np.int32), target(k)
         full[:, : found.shape[1], : found.shape[2]] = found
         targets[k, : full.size] = full.ravel()
         taps.append(tuple(
-            (i % stride * stride + j % stride, (i // stride - low[0]) * P + j // stride - low[1], tap)
-            for i, j, tap in members
+            (i % stride * len(columns) + (columns.index(j) if narrow else j % stride),
+             (i // stride - low[0]) * P + (0 if narrow else j // stride - low[1]), tap)
+            for i, j, tap in some
         ))  # fmt: skip
     rows = targets[:, starts[:, None] + np.arange(16)]
     rows[:, first.size :] = -1  # of the tile that makes their number even
     run = np.where((np.diff(rows) == 1).all(2) & (rows[:, :, 0] >= 0), rows[:, :, 0], -1)
-    shifted = np.concatenate([np.full(span, -1, np.int32), targets[0], np.full(span + 96, -1, np.int32)])
-    back = np.array([(line, span - distance, tap) for line, distance, tap in taps[0]], np.int64)
-    lines = source.reshape(stride * stride, -1)
-    return Plan(lines, tuple(taps), span, starts, rows.ravel(), run, shifted, back.reshape(-1, 3), n)
+    return Plan(source, tuple(taps), span, starts, rows.ravel(), run)
+
+
+def _windows(H, W, kh, kw, stride, pad):
+    """(OH, OW), and (row shift, column shift, tap) of each pixel of a window."""
+    taps = [(i - pad[0], j - pad[0], i * kw + j) for i in range(kh) for j in range(kw)]
+    return ((H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1), taps
 
 
 @functools.lru_cache(maxsize=256)
 def forward_plan(B, H, W, kh, kw, stride, pad):
-    OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
-    taps = [(i - pad[0], j - pad[0], i * kw + j) for i in range(kh) for j in range(kw)]
-    pixels = np.arange(B * OH * OW).reshape(B, OH, OW)
-    return _plan(B, (H, W), (OH, OW), stride, [taps], lambda k: pixels)
+    out, taps = _windows(H, W, kh, kw, stride, pad)
+    pixels = np.arange(B * out[0] * out[1]).reshape(B, *out)
+    return _plan(B, (H, W), out, stride, [taps], lambda k: pixels)
 
 
 @functools.lru_cache(maxsize=256)
 def gradient_plan(B, H, W, kh, kw, stride, pad):
     """dx[y] = sum of dout[(y + pad - i) / stride] @ weight[i]^T over the taps i for which that is a whole
     number: a class of pixels for each remainder of y and x divided by the stride."""
-    OH, OW = (H + sum(pad) - kh) // stride + 1, (W + sum(pad) - kw) // stride + 1
+    out = _windows(H, W, kh, kw, stride, pad)[0]
     corners = [(y, x) for y in range(stride) for x in range(stride)]
     classes = [
         [
@@ -139,24 +169,46 @@ def gradient_plan(B, H, W, kh, kw, stride, pad):
     ]
     pixels, most = np.arange(B * H * W).reshape(B, H, W), (-(-H // stride), -(-W // stride))
     return _plan(
-        B, (OH, OW), most, 1, classes, lambda k: pixels[:, corners[k][0] :: stride, corners[k][1] :: stride]
+        B, out, most, 1, classes, lambda k: pixels[:, corners[k][0] :: stride, corners[k][1] :: stride]
     )
+
+
+@functools.lru_cache(maxsize=256)
+def weight_plan(B, H, W, kh, kw, stride, pad):
+    """dweight[tap] = sum over the outputs of its pixel of x times dout."""
+    (OH, OW), taps = _windows(H, W, kh, kw, stride, pad)
+    low, more, (R, P) = _shifts((H, W), (OH, OW), stride, taps)
+    n, span = -(-B * R * P // 32) * 32, more[0] * P + more[1]
+    columns = [stride * low[1] + j for j in range(stride)]
+    source = _lines(B, (H, W), stride, stride * low[0], columns, R, P, n + span + 32)
+    full, target = np.full((B, R, P), -1), np.full((1, n + 2 * span + 96), -1, np.int32)
+    full[:, :OH, :OW] = np.arange(B * OH * OW).reshape(B, OH, OW)
+    target[0, span : span + full.size] = full.ravel()
+    back = [
+        (i % stride * stride + j % stride, span - (i // stride - low[0]) * P - j // stride + low[1], tap, 0)
+        for i, j, tap in taps
+    ]
+    return Back(source, np.array(back, np.int64), span, target, n)
+
+
+@functools.lru_cache(maxsize=256)
+def stack_plans(N, S):
+    """S linear layers of the same N rows: plans of y, in which each is a class and its outputs follow those
+    of the one before; of dx, in which each has a line and all add up; and of dweight."""
+    rows, layers = np.arange(N), range(S)
+    y = _plan(1, (1, N), (1, N), 1, [[(0, 0, s)] for s in layers], lambda s: (rows + s * N)[None, None])
+    one, more = forward_plan(1, 1, N, 1, 1, 1, (0, 0)), y.source.shape[1] - N
+    line = [np.pad(rows + s * N, (0, more), constant_values=-1) for s in layers]
+    source, target = np.array(line, np.int32), np.pad(line, ((0, 0), (0, 64)), constant_values=-1)
+    dx = replace(one, source=source, taps=(tuple((s, 0, s) for s in layers),))
+    taps = np.array([(0, 0, s, s) for s in layers], np.int64)
+    return y, dx, Back(y.source, taps, 0, target.astype(np.int32), y.source.shape[1] - 32)
 
 
 # ---- y and dx ----
 def _padded(x):  # (rows, C) -> (rows, C16), C16 a multiple of 16
     more = -x.shape[1] % 16
     return widened(x, x.shape[1] + more) if more else x
-
-
-@njit
-def only_image(rows, first, area):
-    """The image that all outputs among rows[first : first + 32] belong to, or -1."""
-    low, high = 1 << 30, -1
-    for i in range(first, first + 32):
-        if rows[i] >= 0:
-            low, high = min(low, rows[i] // area), max(high, rows[i] // area)
-    return low if low == high else -1
 
 
 @njit
@@ -187,26 +239,28 @@ def write_tiles(flat, sums, rows, first, o, residual, out):
 
 @parallel
 def line_products(
-    job, worker, x, source, weight, steps, ends, starts, rows, run, bias, residual, out, scratch, numbers
-):
-    """A job: some of the tiles, one of `groups` groups of output channels. C is a multiple of 16."""
+    job, worker, x, source, weight, steps, ends, starts, rows, run, biased, bias, residual, out, scratch,
+    numbers,
+):  # fmt: skip
+    """A job: some of the tiles, one of `groups` groups of output channels. C is a multiple of 16.
+    biased[k, t]: the row of bias that all outputs of tiles t and t + 1 have, or -1."""
     block, span, length, groups, area = numbers
     (lines, _), C, O, (classes, tiles) = source.shape, x.shape[1], out.shape[1], run.shape
     t0, group, blocks, panels = job // groups * block, job % groups, (C + 31) // 32, (O + 31) // 32
     t1, q0, frame, flat = min(t0 + block, tiles), starts[t0], worker * scratch.shape[1], scratch.reshape(-1)
-    sums, none, many = frame + lines * blocks * length * 32, at(ZERO, 0), bias.shape[0] > 1
+    sums, none, lo = frame + lines * blocks * length * 32, at(ZERO, 0), length * 16
     for line in range(lines):
         for i in range(starts[t1 - 1] + 16 + span - q0):
             row, later = source[line, q0 + i], source[line, q0 + i + NEAR]
             if later >= 0:
                 prefetch(at(x, later * C), C)
             for c in range(blocks):
-                to = at(flat, frame + ((line * blocks + c) * length + i) * 32)
+                to = at(flat, frame + ((line * blocks + c) * 2 * length + i) * 16)
                 if (row >= 0) & (c * 32 + 16 < C):
                     first = at(x, row * C + c * 32)
-                    split_pair(first, shift(first, 16), to, shift(to, 16))
+                    split_pair(first, shift(first, 16), to, shift(to, lo))
                 else:
-                    split_pair(at(x, row * C + c * 32) if row >= 0 else none, none, to, shift(to, 16))
+                    split_pair(at(x, row * C + c * 32) if row >= 0 else none, none, to, shift(to, lo))
     begin()
     c0, c1 = at(flat, sums), at(flat, sums + 2 * TILE)
     for k in range(classes):
@@ -214,9 +268,9 @@ def line_products(
         for o in range(group * panels // groups, (group + 1) * panels // groups):
             panel, whole = at(weight, (ends[k] * panels + o * depth) * STEP), o * 32 + 32 <= O
             for t in range(t0, t1, 2):
-                a, a_half = at(flat, frame + (starts[t] - q0) * 32), (starts[t + 1] - starts[t]) * 32
+                a, a_half = at(flat, frame + (starts[t] - q0) * 16), (starts[t + 1] - starts[t]) * 16
                 p, q, first = run[k, t], run[k, t + 1], (k * tiles + t) * 16
-                b = only_image(rows, first, area) if many else 0
+                b = biased[k, t] if bias.shape[0] > 1 else 0
                 # sums begin at the bias, one row of it if that serves all
                 b0, b1, repeat, half = c0, c1, 16, TILE
                 if whole & (b >= 0):
@@ -227,12 +281,12 @@ def line_products(
                 # and go straight to out, unless there is something to add or to leave out
                 if whole & (p >= 0) & (q >= 0) & (residual.size == 0):
                     tile_product(
-                        a, places, 32, 16, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
+                        a, places, 16, lo, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
                         at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
                     )  # fmt: skip
                 else:
                     tile_product(
-                        a, places, 32, 16, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
+                        a, places, 16, lo, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
                         c0, c1, 16, TILE, depth,
                     )  # fmt: skip
                     write_tiles(flat, sums, rows, first, o * 32, residual, out)
@@ -244,36 +298,49 @@ def _layout(plan, C, O, area, threads):
     """How `products` cuts its work: the number of jobs, words of a frame, tables. It changes no bit of
     them."""
     lines, blocks, tiles = len(plan.source), -(-C // 32), len(plan.starts)
-    count = max(1, -(-tiles // max(4, FRAME // (lines * blocks * 512))))  # blocks of tiles that fit
+    count = max(
+        1, -(-tiles // max(4, min(2, lines) * FRAME // (lines * blocks * 512)))
+    )  # blocks of tiles that fit
     count = -(-count // threads) * threads if tiles >= 16 * threads else 1
     block = -(-tiles // count // 2) * 2
     count = -(-tiles // block)
     groups = min(threads, -(-O // 32)) if count < threads else 1
     length = 16 + plan.span + max(
         int(plan.starts[min(t + block, tiles) - 1] - plan.starts[t]) for t in range(0, tiles, block)
-    )  # fmt: skip
+    ) | 1  # fmt: skip
     # where in a frame each step of the sum begins, all classes end to end, and where in them each class
     # begins
     steps = [
-        ((line * blocks + c) * length + distance) * 32
+        ((line * blocks + c) * 2 * length + distance) * 16
         for members in plan.taps
         for c in range(blocks)
         for line, distance, _ in members
     ]
     ends = np.cumsum([0] + [blocks * len(members) for members in plan.taps]).astype(np.int64)
+    rows = plan.rows.reshape(-1, 32)  # of pairs of tiles
+    images = np.where(rows >= 0, rows // area, -1).max(1)
+    same = (rows < 0) | (rows // area == images[:, None])
+    biased = np.where(same.all(1), images, -1).repeat(2).reshape(plan.run.shape)
     numbers = np.array([block, plan.span, length, groups, area], np.int64)
-    return count * groups, lines * blocks * length * 32, np.array(steps + [0], np.int64), ends, numbers
+    return (
+        count * groups,
+        lines * blocks * length * 32,
+        np.array(steps + [0], np.int64),
+        ends,
+        biased,
+        numbers,
+    )
 
 
 def products(plan, x, weight, bias, out, residual=None):
     """Fill out (rows, O) by a plan. x (rows, C), weight as made by tile_weights, bias (1 or B, O)."""
     x, threads = _padded(x), parallel_cpu.threads()
-    jobs, words, steps, ends, numbers = _layout(
+    jobs, words, steps, ends, biased, numbers = _layout(
         plan, x.shape[1], out.shape[1], len(out) // len(bias), threads
     )
     more = NONE if residual is None else residual.reshape(-1)
     line_products(
-        jobs, x, plan.source, weight, steps, ends, plan.starts, plan.rows, plan.run, bias, more, out,
+        jobs, x, plan.source, weight, steps, ends, plan.starts, plan.rows, plan.run, biased, bias, more, out,
         scratch(words + 1024), numbers,
     )  # fmt: skip
 
@@ -399,7 +466,7 @@ def gradient_products(
     split, o0, o1 = job // sets, job % sets * panels // sets, (job % sets + 1) * panels // sets
     half = worker * scratch.shape[1]
     xt = half + blocks * 1024
-    pairs = xt + lines * chunk * blocks * 1024
+    pairs, d_line = xt + lines * chunk * blocks * 1024, (o1 - o0) * 4 * length * 32
     last = (split + 1) * total // splits
     begin()
     for k0 in range(split * total // splits, last, chunk):
@@ -417,27 +484,19 @@ def gradient_products(
                 to = xt + (line * chunk + k) * blocks * 1024
                 for c in range(C // 16 * 2):
                     transpose16(at(scratch, half + c * 256), 16, at(scratch, to + c * 256))
-        for e in range(0, 2 * length - (chunk - count) * 32, 2 - odd):
-            first, second = target[k0 * 32 + e], target[k0 * 32 + e + 1]
-            a = at(dout, first * O) if first >= 0 else at(zero, 0)
-            b = at(dout, second * O) if second >= 0 else at(zero, 0)
-            for o in range(2 * o0, min(2 * o1, O // 16)):
-                to = at(scratch, pairs + (((o - 2 * o0) * 2 + e % 2) * length + e // 2) * 32)
-                split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16))
-        first = k0 * 32 + span
-        add_pixels(
-            target,
-            first,
-            first + count * 32,
-            1,
-            area,
-            dout,
-            32 * o0,
-            min(32 * o1, O),
-            sums,
-            split,
-            tables[worker],
-        )
+        for line in range(target.shape[0]):
+            for e in range(0, 2 * length - (chunk - count) * 32, 2 - odd):
+                first, second = target[line, k0 * 32 + e], target[line, k0 * 32 + e + 1]
+                a = at(dout, first * O) if first >= 0 else at(zero, 0)
+                b = at(dout, second * O) if second >= 0 else at(zero, 0)
+                here = pairs + line * d_line + (e % 2 * 2 * length + e // 2) * 16
+                for o in range(2 * o0, min(2 * o1, O // 16)):
+                    to = at(scratch, here + (o - 2 * o0) * 64 * length)
+                    split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16 * length))
+            add_pixels(
+                target[line], k0 * 32 + span, (k0 + count) * 32 + span, 1, area, dout, 32 * o0,
+                min(32 * o1, O), sums, split, tables[worker],
+            )  # fmt: skip
         for c in range(blocks):
             for o in range(o0, o1):
                 for k in range(0, count, DEEP):
@@ -445,7 +504,8 @@ def gradient_products(
                     for t in range(T):
                         line, e = taps[t, 0], taps[t, 1]
                         a = at(scratch, xt + ((line * chunk + k) * blocks + c) * 1024)
-                        b = at(scratch, pairs + ((4 * (o - o0) + e % 2) * length + e // 2 + 16 * k) * 32)
+                        here = pairs + taps[t, 3] * d_line + (4 * (o - o0) + e % 2) * length * 32
+                        b = at(scratch, here + (e // 2 + 16 * k) * 16)
                         unit = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
                         to_row, to_half, down = 16, 256, 512
                         if there:
@@ -455,7 +515,7 @@ def gradient_products(
                         if (k0 == split * total // splits) & (k == 0) & (there == 0):
                             before, row, far, below = at(zero, 0), 0, 0, 0
                         tile_product(
-                            a, table_at(steps, 0), 16, 256, 512, b, 512, 32, 16, 64 * length,
+                            a, table_at(steps, 0), 16, 256, 512, b, 256, 16, 16 * length, 64 * length,
                             before, shift(before, below), row, far, unit, shift(unit, down), to_row, to_half,
                             depth,
                         )  # fmt: skip
@@ -474,7 +534,8 @@ def add_gradients(job, worker, partial, taps, dweight, zero):
 def _gradient_layout(plan, C, O, area):
     """How `weight_products` cuts its work: a matter of shape alone, since it decides the order of the
     sums."""
-    lines, T, blocks, panels = len(plan.source), len(plan.back), -(-C // 32), -(-O // 32)
+    lines, more, T = len(plan.source), len(plan.target), len(plan.taps)
+    blocks, panels = -(-C // 32), -(-O // 32)
     total = -(-(plan.n + plan.span) // 32)  # the last outputs look up to `span` further on
     if (
         panels >= 8 and T * blocks * panels > 128
@@ -483,11 +544,11 @@ def _gradient_layout(plan, C, O, area):
     else:  # or splits of the line where weights are few: no operand is made twice
         sets, splits = 1, min(total, 4 if T * blocks * panels <= 256 else 2)
     wide = -(-panels // sets)
-    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * wide))))
+    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * more * wide))))
     length = chunk * 16 + (plan.span + 1) // 2
-    words = 1024 * blocks * (lines * chunk + 1) + wide * 4 * length * 32
+    words = 1024 * blocks * (lines * chunk + 1) + more * wide * 4 * length * 32
     steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
-    odd, there = (plan.back[:, 1] % 2).any(), splits == 1 and C % 32 == 0 and O % 32 == 0
+    odd, there = (plan.taps[:, 1] % 2).any(), splits == 1 and C % 32 == 0 and O % 32 == 0
     numbers = np.array([total, chunk, sets, length, plan.span, area, odd, there], np.int64)
     return sets, (splits, blocks * panels * T, STEP), words, steps, numbers
 
@@ -502,9 +563,9 @@ def weight_products(plan, x, dout, dweight, area):
     zero = np.zeros(32 * -(-max(C, O) // 32), np.float32)
     sums = zeros((units[0], -(-len(dout) // area), dout.shape[1]))
     gradient_products(
-        units[0] * sets, x, dout, plan.source, plan.target, plan.back, steps, partial, dweight, sums,
+        units[0] * sets, x, dout, plan.source, plan.target, plan.taps, steps, partial, dweight, sums,
         scratch(size), zero, shared("tables", (parallel_cpu.threads(), 8), np.int64), numbers,
     )  # fmt: skip
     if units[0] > 1:
-        add_gradients(-(-C // 32), partial, plan.back, dweight, zero)
+        add_gradients(-(-C // 32), partial, plan.taps, dweight, zero)
     return sum_first(sums, O)

@@ -40,6 +40,7 @@ from nanodiff.kernels.tiles_cpu import (
     ENTRY,
     ENTRY_SIZE,
     INPUTS,
+    LO,
     MORE,
     OWN,
     PANEL,
@@ -66,7 +67,10 @@ TABLE = 32 * 6 + 8  # addresses of a worker: of the inputs of 32 positions, and 
 NONE = np.zeros(0, np.float32)
 FRAME = 3 << 16  # words of a frame that a job should not exceed: 768 KB of a 2 MB L2 cache
 SMALL = 1 << 14  # C * O of weights that stay in the L2 cache: 1.2 MB
-DEEP = 6  # steps whose weights, 24 KB, stay in the L1 cache while they meet all tiles of a job
+DEEP = (
+    4,
+    6,
+)  # steps whose weights stay in the L1 cache while they meet all tiles of a job; 6 if 4 leave a rest
 CHUNK = 4  # steps of 32 positions of a weight gradient whose operands are made at a time
 SET = 4  # a job of it makes SET x SET blocks of 32 x 32 channels, whose sums, 1.2 MB, stay in the L2 cache
 
@@ -150,7 +154,7 @@ def _zeros(n):
 # block to the next, and from the last one back to the next position; the sink, where work goes that nobody
 # needs, and the entries of that; then lists of entries and of addresses, so that no step has to decide
 # anything: a wrong guess of the processor costs the unit its queue.
-LEFT, TO_SPLIT, BLOCKS, NEXT, BACK, SINK, NO_INPUTS, NO_ENTRY, FREE = *range(8, 16), 32
+LEFT, TO_SPLIT, BLOCKS, NEXT, BACK, SINK, NO_INPUTS, NO_ENTRY, FREE = *range(9, 17), 40
 
 
 @njit(inline=True)
@@ -170,7 +174,7 @@ def was_split(todo):
         todo[WORDS_TO] += todo[BACK]
         todo[INPUTS] += 8 * 8
         if todo[TO_SPLIT] == 0:
-            todo[INPUTS], todo[WORDS_TO], todo[WORDS_LINE] = todo[NO_INPUTS], todo[SINK], 0
+            todo[INPUTS], todo[WORDS_TO], todo[WORDS_LINE], todo[LO] = todo[NO_INPUTS], todo[SINK], 0, 16
 
 
 @njit
@@ -206,15 +210,16 @@ def row_products(
     first, group, blocks, panels = job // groups * share, job % groups, C // 32, O // 32
     last, table, flat = min(first + share, tiles), tables[worker], scratch.reshape(-1)
     line, base, turn, plus = blocks * length * 32, worker * scratch.shape[1], 0, residual.size > 0
+    lo, deep = length * 16, DEEP[int(3 * blocks % DEEP[0] > 0)]
     todo, sums = table_at(tables, worker * tables.shape[1]), base + min(2, parts) * F * line
     lists = tables.ctypes.data + worker * tables.shape[1] * 8
     nothing, sink = zero.ctypes.data, scratch.ctypes.data + (base + scratch.shape[1] - O - 32) * 4
     table[LEFT], table[TO_SPLIT], table[BLOCKS], table[NEXT] = 0, 0, blocks, length * 128
-    table[BACK], table[SINK], table[SUMS], table[SUMS_LINE] = 128 - blocks * length * 128, sink, nothing, 0
-    table[NO_ENTRY], table[NO_INPUTS] = lists + 8 * 16, lists + 8 * 24
+    table[BACK], table[SINK], table[SUMS], table[SUMS_LINE] = 64 - blocks * length * 128, sink, nothing, 0
+    table[NO_ENTRY], table[NO_INPUTS], table[LO] = lists + 8 * 24, lists + 8 * 32, 16
     for i in range(8):
-        table[16 + i], table[24 + i] = 0, nothing
-    table[16 + RESULTS], table[16 + MORE], table[16 + BIAS] = sink, nothing, nothing
+        table[24 + i], table[32 + i] = 0, nothing
+    table[24 + RESULTS], table[24 + MORE], table[24 + BIAS] = sink, nothing, nothing
     table[ENTRY], table[INPUTS], table[SKIP], table[PANEL] = table[NO_ENTRY], table[NO_INPUTS], 0, 0
     for part in range(-1, (last - first + block - 1) // block):  # -1: nothing but the first frame
         t0 = first + part * block
@@ -227,6 +232,7 @@ def row_products(
                     pixel = source[starts[t1] + i, j]
                     table[inputs + 8 * i + j] = x.ctypes.data + pixel * C * 4 if pixel >= 0 else nothing
             table[TO_SPLIT], table[INPUTS], table[WORDS_LINE] = count, lists + 8 * inputs, line
+            table[LO] = lo
             table[WORDS_TO] = scratch.ctypes.data + (base + (part + 1) % 2 * F * line) * 4
         if part < 0:
             continue
@@ -246,26 +252,24 @@ def row_products(
         for o in range(group * panels // groups, (group + 1) * panels // groups):
             now, turn = sums + turn * F * block * 512, 1 - turn  # while those of the panel before are merged
             for f in range(F):
-                for k in range(0, 3 * blocks, DEEP):
-                    panel, depth = (
-                        at(weight, ((o * F + f) * blocks * 3 + k) * STEP),
-                        min(DEEP, 3 * blocks - k),
-                    )
+                for k in range(0, 3 * blocks, deep):
+                    panel = at(weight, ((o * F + f) * blocks * 3 + k) * STEP)
+                    depth = min(deep, 3 * blocks - k)
                     for t in range(t0, t1, 2):
-                        a = at(flat, frame + f * line + (starts[t] - starts[t0]) * 32)
-                        far = (starts[t + 1] - starts[t]) * 32
+                        a = at(flat, frame + f * line + (starts[t] - starts[t0]) * 16)
+                        far = (starts[t + 1] - starts[t]) * 16
                         to = at(flat, now + (f * block + t - t0) * 512)
                         before, row, half, below = to, 16, 256, 512
                         if k == 0:
                             before, row, half, below = at(zero, 0), 0, 0, 0
                         if (table[LEFT] > 0) | (table[TO_SPLIT] > 0):
                             product_beside(
-                                on, todo, a, table_at(steps, k), 32, 16, far, panel, STEP, 16, 256, 512,
+                                on, todo, a, table_at(steps, k), 16, lo, far, panel, STEP, 16, 256, 512,
                                 before, shift(before, below), row, half, to, shift(to, 512), 16, 256, depth,
                             )  # fmt: skip
                         else:
                             tile_product(
-                                a, table_at(steps, k), 32, 16, far, panel, STEP, 16, 256, 512,
+                                a, table_at(steps, k), 16, lo, far, panel, STEP, 16, 256, 512,
                                 before, shift(before, below), row, half, to, shift(to, 512), 16, 256, depth,
                             )  # fmt: skip
             merge_rest(todo)
@@ -292,7 +296,7 @@ def _layout(B, H, W, C, O, threads):
     length = 16 + 2 * P + max(
         int(starts[min(t + block, tiles) - 1] - starts[t]) for t in range(0, tiles, 2)
     ) | 1  # fmt: skip
-    steps = [(c * length + i * P) * 32 for c in range(blocks) for i in range(3)]
+    steps = [(c * 2 * length + i * P) * 16 for c in range(blocks) for i in range(3)]
     numbers = np.array([share, block, parts, P, length, groups, H * W], np.int64)
     words = F * (C * length * min(2, parts) + block * STEP) + O + 64
     return (
@@ -418,8 +422,8 @@ def row_gradients(
                     transpose16(at(scratch, half + i * 256), 16, tile)
         for e in range(0, count * 32 + 2 * P, 2 - odd):
             point(inputs, table_at(target, (k0 * 32 + e) * 4), 8, dout.ctypes.data, O * 4, zero.ctypes.data)
-            to = at(scratch, pairs + (e % 2 * length + e // 2) * 32)
-            split_d(inputs, 2 * (o1 - o0), 32 * o0, 16, to, to_next, d_line, 16)
+            to = at(scratch, pairs + (e % 2 * 2 * length + e // 2) * 16)
+            split_d(inputs, 2 * (o1 - o0), 32 * o0, 16, to, to_next, d_line, 16 * length)
         if cset == 0:
             q = k0 * 32 + 2 * P
             add_pixels(
@@ -431,12 +435,12 @@ def row_gradients(
                     a = at(scratch, xt + f * x_line + (c - c0) * CHUNK * STEP)
                     for i in range(3):
                         e, unit = (2 - i) * P, (split * units + ((c * panels + o) * F + f) * 3 + i) * STEP
-                        d = pairs + f * d_line + 2 * (o - o0) * to_next + (e % 2 * length + e // 2) * 32
+                        d = pairs + f * d_line + 2 * (o - o0) * to_next + (e % 2 * 2 * length + e // 2) * 16
                         to, before, row, far = at(partial, unit), at(partial, unit), 16, 256
                         if k0 == first:
                             before, row, far = at(zero, 0), 0, 0
                         tile_product(
-                            a, table_at(steps, 0), 16, 256, 512, at(scratch, d), 512, 32, 16,
+                            a, table_at(steps, 0), 16, 256, 512, at(scratch, d), 256, 16, 16 * length,
                             to_next, before, shift(before, 2 * far), row, far, to, shift(to, 512), 16, 256,
                             count,
                         )  # fmt: skip

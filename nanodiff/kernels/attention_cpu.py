@@ -334,11 +334,12 @@ def attention_forward(q, k, v, heads):
 
 def attention_backward(dout, q, k, v, out, lse, heads):
     B, N, C = q.shape
-    dq, dk, dv = empty(q.shape), empty(q.shape), empty(q.shape)
+    made = empty((3, *q.shape))
+    dq, dk, dv = made
     some, Q, NP, WP, E, steps = _sizes(N, C // heads, heads)
     room = scratch((3 * NP + 5 * Q) * WP + 2 * some * NP * E + 3 * NP * (Q + 16) + (2 + some) * Q)
     jobs = B * -(-heads // some)
     backward(
         jobs, dout, q, k, v, out, lse, dq, dk, dv, heads, some, Q, NP, WP, E, room, _tables(), steps
     )  # fmt: skip
-    return dq, dk, dv
+    return made

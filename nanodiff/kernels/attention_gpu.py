@@ -56,7 +56,8 @@ def attention_forward(q, k, v, heads):
 def attention_backward(dout, q, k, v, out, lse, heads):
     B, N, C = q.shape
     scale = (C // heads) ** -0.5
-    dq, dk, dv = (empty(q.shape, q.dtype) for _ in range(3))
+    made = empty((3, *q.shape), q.dtype)
+    dq, dk, dv = made
     delta = empty(lse.shape, np.float32)
     _by_rows("row_products", q, lse.size, dout, out, delta, N, heads, C // heads)
     for b in _chunks(B, N, heads):
@@ -67,4 +68,4 @@ def attention_backward(dout, q, k, v, out, lse, heads):
         _product("NT", dout[b], v[b], ds, heads, epilogue="DSOFTMAX", rows=delta[b], residual=p)
         _product("NN", ds, k[b], dq[b], heads, alpha=scale)
         _product("TN", ds, q[b], dk[b], heads, alpha=scale)
-    return dq, dk, dv
+    return made

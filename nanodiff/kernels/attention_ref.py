@@ -27,7 +27,7 @@ def attention_forward(q, k, v, heads):  # three times (B,N,C) -> out (B,N,C), ls
     return _merge(np.exp(scores - lse) @ vh), lse[..., 0]
 
 
-def attention_backward(dout, q, k, v, out, lse, heads):  # -> dq, dk, dv, each (B,N,C)
+def attention_backward(dout, q, k, v, out, lse, heads):  # -> dq, dk, dv: (3,B,N,C)
     """Gradients of out = p v, p = softmax(s), s = a q k^T, a = 1 / sqrt(D), for each head.
 
     out = p v is a matrix product:                        dv = p^T dout,   dp = dout v^T
@@ -42,4 +42,4 @@ def attention_backward(dout, q, k, v, out, lse, heads):  # -> dq, dk, dv, each (
     dv = p.swapaxes(2, 3) @ doh
     dp = doh @ vh.swapaxes(2, 3)
     ds = p * (dp - (doh * oh).sum(-1, keepdims=True))
-    return _merge(scale * (ds @ kh)), _merge(scale * (ds.swapaxes(2, 3) @ qh)), _merge(dv)
+    return np.stack([_merge(scale * (ds @ kh)), _merge(scale * (ds.swapaxes(2, 3) @ qh)), _merge(dv)])

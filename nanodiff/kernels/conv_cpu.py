@@ -94,7 +94,7 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias, wants_dx=True):
         flat = weight.reshape(-1, *weight.shape[2:])
         gradient, area = dweight.reshape(flat.shape), dout.shape[1] * dout.shape[2]
         demb = amx_cpu.weight_products(
-            amx_cpu.forward_plan(*shape), x.reshape(B * H * W, -1), rows, gradient, area
+            amx_cpu.weight_plan(*shape), x.reshape(B * H * W, -1), rows, gradient, area
         )
         add_columns(demb, dbias)
         if not wants_dx:

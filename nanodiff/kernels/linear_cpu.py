@@ -6,7 +6,7 @@ import numpy as np
 from nanodiff.kernels import amx_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
 from nanodiff.kernels.parallel_cpu import AMX, empty
-from nanodiff.kernels.sums_cpu import add_columns
+from nanodiff.kernels.sums_cpu import add_rows
 
 __all__ = ["linear_forward", "linear_backward"]
 
@@ -17,30 +17,41 @@ def _as_image(x):  # (..., C) -> (1, 1, N, C)
     return x.reshape(1, 1, -1, x.shape[-1])
 
 
+def _stack(x, weight):  # (..., C), (C, O) or (S, C, O) -> rows (1, 1, N, C), weight (S, C, O), N, S
+    rows, stack = _as_image(x), weight.reshape(-1, *weight.shape[-2:])
+    return rows, stack, rows.shape[2], len(stack)
+
+
 def linear_forward(x, weight, bias, residual=None):
-    rows, out = _as_image(x), empty((*x.shape[:-1], weight.shape[1]))
-    N = rows.shape[2]
+    rows, stack, N, S = _stack(x, weight)
+    O, out = weight.shape[-1], empty((*weight.shape[:-2], *x.shape[:-1], weight.shape[-1]))
+    bias = bias.reshape(S, O)
     if AMX:
-        plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
-        packs, flat = amx_cpu.tile_weights(weight[None], plan), _as_image(out)[0, 0]
-        amx_cpu.products(plan, rows[0, 0], packs, bias[None], flat, residual)
+        plan = amx_cpu.stack_plans(N, S)[0]
+        packs = amx_cpu.tile_weights(stack, plan)
+        amx_cpu.products(plan, rows[0, 0], packs, bias, out.reshape(-1, O), residual)
         return out
-    convolve(rows, packed(weight[None]), bias[None], _as_image(out), HERE, N, N, residual=residual)
+    for s, made in enumerate(out.reshape(S, 1, 1, N, O)):
+        convolve(rows, packed(stack[s : s + 1]), bias[s : s + 1], made, HERE, N, N, residual=residual)
     return out
 
 
 def linear_backward(dout, x, weight, dweight, dbias):
-    rows, drows, dx = _as_image(x), _as_image(dout), empty(x.shape)
-    N, C = rows.shape[2:]
-    zero, groups = np.zeros((1, C), np.float32), min(16, N)  # dbias: a sum of sums, more precise than one
+    rows, stack, N, S = _stack(x, weight)
+    (C, O), drows, dstack = weight.shape[-2:], dout.reshape(-1, dout.shape[-1]), dweight.reshape(stack.shape)
+    # dbias: a sum of sums, more precise than one
+    zero, groups = np.zeros((1, C), np.float32), next(g for g in range(min(16, N), 0, -1) if N % g == 0)
     if AMX:
-        plan = amx_cpu.forward_plan(1, 1, N, 1, 1, 1, (0, 0))
-        parts = amx_cpu.weight_products(plan, rows[0, 0], drows[0, 0], dweight[None], -(-N // groups))
-        add_columns(parts, dbias)
-        turned = amx_cpu.tile_weights(weight[None], plan, turned=True)
-        amx_cpu.products(plan, drows[0, 0], turned, zero, _as_image(dx)[0, 0])
-        return dx
-    add_columns(sums(drows[0, 0], groups), dbias)
-    convolve(drows, packed(weight[None], transposed=True), zero, _as_image(dx), HERE, N, N)
-    weight_gradient(rows, drows, dweight, HERE)
+        _, plan, back = amx_cpu.stack_plans(N, S)
+        parts, dx = amx_cpu.weight_products(back, rows[0, 0], drows, dstack, N // groups), empty(x.shape)
+        turned = amx_cpu.tile_weights(stack, plan, turned=True)
+        amx_cpu.products(plan, drows, turned, zero, dx.reshape(N, C))
+    else:
+        parts, dx = sums(drows, S * groups), None
+        for s, d in enumerate(drows.reshape(S, 1, 1, N, O)):
+            before, dx = dx, empty(x.shape)
+            turned = packed(stack[s : s + 1], transposed=True)
+            convolve(d, turned, zero, _as_image(dx), HERE, N, N, residual=before)
+            weight_gradient(rows, d, dstack[s], HERE)
+    add_rows(1, parts.reshape(-1), 0, groups * O, O, groups, O, dbias.reshape(S, O), 1)
     return dx

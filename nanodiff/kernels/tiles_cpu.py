@@ -311,9 +311,10 @@ def make_merge(rule, n):
 
 
 # What product_beside finds in its table. To split: where the addresses of six inputs are, floats to skip
-# there; where the words go, floats from one line of them to the next. To merge: where a row's entry is, the
-# first sums, floats from one line of them to the next, and bytes to skip at the addresses in the entry.
-INPUTS, SKIP, WORDS_TO, WORDS_LINE, ENTRY, SUMS, SUMS_LINE, PANEL = range(8)
+# there; where the words go, floats from one line of them to the next and from hi to lo. To merge: where a
+# row's entry is, the first sums, floats from one line of them to the next, and bytes to skip at the addresses
+# in the entry.
+INPUTS, SKIP, WORDS_TO, WORDS_LINE, LO, ENTRY, SUMS, SUMS_LINE, PANEL = range(9)
 # A row's entry: bytes from the first sums to its own, the address of its results and floats from one to the
 # next, what to add to them, likewise, and what to add to all.
 OWN, RESULTS, STEP_R, MORE, STEP_M, BIAS, ENTRY_SIZE = 0, 1, 2, 3, 4, 5, 8
@@ -335,7 +336,7 @@ def _beside(b, table, split, merge):
 
     def word(f):
         hi = run(number(table, WORDS_TO), steps(number(table, WORDS_LINE), f))
-        _split(b, lines[0][f].value, lines[1][f].value, hi, b.gep(hi, [i64(16)]))
+        _split(b, lines[0][f].value, lines[1][f].value, hi, b.gep(hi, [number(table, LO)]))
 
     def entry(i):
         return number(b.inttoptr(number(table, ENTRY), I64.as_pointer()), i)
