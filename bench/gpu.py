@@ -41,7 +41,7 @@ import nanodiff as nd  # noqa: E402
 from nanodiff import data, graph, kernels  # noqa: E402
 from nanodiff.kernels import device_gpu  # noqa: E402
 from nanodiff.kernels.device_gpu import BF16  # noqa: E402
-from nanodiff.testing import CASES, WRITTEN, run  # noqa: E402
+from nanodiff.testing import CASES, WRITTEN, returned, run  # noqa: E402
 
 SECTIONS = ("correctness", "convs", "step", "sample")
 END = [float("inf")]  # of the time in which a part may start, by time.perf_counter
@@ -55,17 +55,21 @@ CONVS = (
 # dimensions for CASES; `convs`: (height, C, O, K, stride), images of batch
 REAL = dict(
     batch=16, convs=CONVS,
-    linear=[dict(shape=s, C=C, O=256, residual=r) for s, C, r in (((16, 256), 256, 1), ((128,), 512, 0))],
+    linear=[dict(shape=s, C=C, O=256, residual=r) for s, C, r in (((16, 256), 256, 1), ((128,), 512, 0))]
+    + [dict(shape=(16, 256), C=256, O=256, residual=0, stack=3)],
     norm=[dict(B=16, H=32, W=32, C=C, G=32, offset=0, silu=1, residual=1) for C in (128, 384)]
     + [dict(B=16, H=4, W=4, C=512, G=32, offset=1, silu=1, residual=0)],
     attention=[dict(B=16, N=256, C=256, heads=1, scale=1), dict(B=4, N=1024, C=128, heads=4, scale=1)],
+    upconv=[dict(B=16, H=16, W=16, C=256, O=256)],
     many=[dict(shape=(16, 32, 32, 128))], adam=[dict(n=35_746_307, taken=5, clip=1.0, ema=0.999)],
     network="cifar10", images=32, steps=5,
 )  # fmt: skip
 TOY = dict(  # for a test on an emulated device
-    batch=2, convs=((4, 1, 8, 3, 1), (4, 16, 8, 3, 2)), linear=[dict(shape=(2, 5), C=8, O=16, residual=1)],
+    batch=2, convs=((4, 1, 8, 3, 1), (4, 16, 8, 3, 2)),
+    linear=[dict(shape=(2, 5), C=8, O=16, residual=1), dict(shape=(2, 5), C=8, O=16, residual=0, stack=3)],
     norm=[dict(B=2, H=4, W=4, C=16, G=4, offset=0, silu=1, residual=1)],
-    attention=[dict(B=2, N=16, C=16, heads=1, scale=1)], many=[dict(shape=(2, 4, 4, 8))],
+    attention=[dict(B=2, N=16, C=16, heads=1, scale=1)], upconv=[dict(B=2, H=2, W=2, C=8, O=8)],
+    many=[dict(shape=(2, 4, 4, 8))],
     adam=[dict(n=1000, taken=5, clip=1.0, ema=0.999)], network="toy", images=2, steps=2,
 )  # fmt: skip
 TOY_NETWORK = dict(
@@ -79,6 +83,7 @@ FLOAT32 = set(  # what stays float32 beside bfloat16 activations
 MIXED = {
     "linear",
     "conv",
+    "upconv",
     "groupnorm",
     "attention",
     "upsample",
@@ -119,8 +124,7 @@ def on_gpu(op, arguments, narrow):
             a = device_gpu.upload(to_bfloat16(a) if half else a)
         args.append(a)
     out = getattr(k, op)(*args)
-    out = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    out += [a for name, a in zip(signature, args) if name in WRITTEN]
+    out = returned(op, out) + [a for name, a in zip(signature, args) if name in WRITTEN]
     return [from_bfloat16(h) if h.dtype == BF16 else h for h in map(device_gpu.download, out)]
 
 
@@ -130,7 +134,7 @@ def check_op(op, dims, narrow):
     if narrow:  # the definition gets what the kernel gets
         names = list(inspect.signature(getattr(kernels.load("ref"), op)).parameters)
         for i, (name, a) in enumerate(zip(names, arguments)):
-            matrix = name == "weight" and op.startswith(("linear", "conv"))
+            matrix = name == "weight" and op.startswith(("linear", "conv", "upconv"))
             if isinstance(a, np.ndarray) and a.dtype == np.float32 and (matrix or name not in FLOAT32):
                 arguments[i] = from_bfloat16(to_bfloat16(a))
     got, want = on_gpu(op, arguments, narrow), run("ref", op, arguments, np.float64)
@@ -153,7 +157,8 @@ def op_cases(what):
         pad = (0, 1) if stride == 2 else (K // 2, K // 2)
         for op in ("conv_forward", "conv_backward"):
             yield op, dict(B=what["batch"], H=H, W=H, C=C, O=O, K=K, stride=stride, pad=pad, plus="er")
-    for family, key in (("linear", "linear"), ("groupnorm", "norm"), ("attention", "attention")):
+    families = ("linear", "linear"), ("upconv", "upconv"), ("groupnorm", "norm"), ("attention", "attention")
+    for family, key in families:
         for dims in what[key]:
             yield from ((f"{family}_{way}", dims) for way in ("forward", "backward"))
     for dims in what["many"]:

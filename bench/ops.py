@@ -38,7 +38,7 @@ from train_step import BATCH, NETWORKS, ROOT, timed
 
 sys.path.insert(0, str(ROOT))
 from nanodiff import kernels  # noqa: E402
-from nanodiff.testing import CASES, WRITTEN, traffic  # noqa: E402
+from nanodiff.testing import CASES, WRITTEN, prepare, traffic  # noqa: E402
 
 ROUNDS = 5  # turns of each side, for an op that is not slow
 REST = 0.01  # seconds after PyTorch's turn: that long its idle threads keep a core busy
@@ -61,8 +61,11 @@ def _has(a, name):
 # dimensions, as CASES names them, of the arguments of a call: by op, or its name without the last word
 DIMENSIONS = {
     "linear": lambda a: dict(
-        shape=a.x.shape[:-1], C=a.x.shape[-1], O=a.weight.shape[1], residual=int(_has(a, "residual"))
+        shape=a.x.shape[:-1], C=a.x.shape[-1], O=a.weight.shape[-1], residual=int(_has(a, "residual")),
+        stack=len(a.weight) if a.weight.ndim == 3 else 0,
     ),
+    "upconv_prepare": lambda a: dict(zip("BHWCO", (1, a.H, a.W, *a.weight.shape[2:]))),
+    "upconv": lambda a: _image(a.x) | dict(O=a.weight.shape[3]),
     "conv_prepare": lambda a: dict(
         B=1, H=a.H, W=a.W, C=a.weight.shape[2], O=a.weight.shape[3], K=a.weight.shape[0],
         stride=a.stride, pad=tuple(a.pad), plus="",
@@ -111,11 +114,11 @@ def watched(step):
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
             a = SimpleNamespace(**bound.arguments)
-            if op == "conv_forward":  # it is handed prepared weights; CASES starts from plain ones
+            if op.endswith("conv_forward"):  # it is handed prepared weights; CASES starts from plain ones
                 a.weight = plain.get(id(a.weight), a.weight)
             calls[op, tuple(dimensions(op, a).items())] += 1
             out = function(*args, **options)
-            if op == "conv_prepare":
+            if op.endswith("conv_prepare"):
                 plain[id(out)] = a.weight
             return out
 
@@ -225,8 +228,7 @@ def measure(op, dims, torch, machine, seconds):
     names = list(inspect.signature(function).parameters)
     theirs = opponent(torch, op, names, arguments)
     args = [aligned(a) for a in arguments]
-    if op == "conv_forward":
-        args[1] = k.conv_prepare(args[1], *args[0].shape[1:3], *args[3:5])
+    prepare(k, op, args)
     made = function(*args)
     results = list(made) if isinstance(made, tuple) else [made]
     results += [a for name, a in zip(names, args) if name in WRITTEN]

@@ -73,17 +73,16 @@ class Conv2d(Layer):
     def forward(self, x, emb=None, residual=None, again=None):  # (B,H,W,C), (B,O), (B,Ho,Wo,O) -> (B,Ho,Wo,O)
         """again: a function that makes x again when the backward needs it, so that x need not be kept."""
         self.save(again or x)
-        weight = self._prepared(*x.shape[1:3])
+        weight = self._prepared(self.k.conv_prepare, *x.shape[1:3], self.stride, self.pad)
         return self.k.conv_forward(x, weight, self.bias.data, self.stride, self.pad, emb, residual)
 
-    def _prepared(self, H, W):
+    def _prepared(self, prepare, *shape):
         kept = self.ctx.frozen  # a dictionary while the weights do not change, else None
         if kept is None:
-            return self.k.conv_prepare(self.weight.data, H, W, self.stride, self.pad)
-        if (self, H, W) not in kept:
-            prepare, args = self.k.conv_prepare, (self.weight.data, H, W, self.stride, self.pad)
-            kept[self, H, W] = self.ctx.lasting(prepare, *args)
-        return kept[self, H, W]
+            return prepare(self.weight.data, *shape)
+        if (self, *shape) not in kept:
+            kept[self, *shape] = self.ctx.lasting(prepare, self.weight.data, *shape)
+        return kept[self, *shape]
 
     def backward(self, dout, wants_dx=True):  # -> dx or None, demb
         (x,) = self.saved()
@@ -192,19 +191,21 @@ def resample_backward(k, dout, way):
     return k.affine(k.upsample_forward(dout), 0.25, 0) if way == "down" else dout
 
 
-class Upsample(Layer):
+class Upsample(Conv2d):
     """Nearest neighbour x 2, then a 3x3 convolution. (Called like a ResBlock, which can take its place.)"""
 
     def __init__(self, net, name, C):
-        super().__init__(net)
-        self.conv = Conv2d(net, f"{name}.conv", C, C)
+        super().__init__(net, f"{name}.conv", C, C)
 
     def forward(self, x, emb=None):  # (B,H,W,C) -> (B,2H,2W,C)
-        return self.conv.forward(self.k.upsample_forward(x))
+        self.save(x)
+        weight = self._prepared(self.k.upconv_prepare, *x.shape[1:3])
+        return self.k.upconv_forward(x, weight, self.bias.data)
 
     def backward(self, dout):  # -> dx, no demb
-        dh, _ = self.conv.backward(dout)
-        return self.k.upsample_backward(dh), None
+        (x,) = self.saved()
+        grads = self.weight.grad, self.bias.grad
+        return self.k.upconv_backward(dout, x, self.weight.data, *grads), None
 
 
 class Downsample(Layer):

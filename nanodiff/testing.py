@@ -86,23 +86,31 @@ class Case:
         return gradients
 
 
+def prepare(k, op, args):
+    """Put into a list of arguments of k's conv_forward or upconv_forward, in place, prepared weights."""
+    if op in ("conv_forward", "upconv_forward"):
+        args[1] = getattr(k, op.replace("forward", "prepare"))(args[1], *args[0].shape[1:3], *args[3:5])
+
+
 def run(rendition, op, arguments, dtype=np.float32):
     """All that an op makes: a list of what it returns, then of the arguments that it adds into or updates.
 
-    Works on copies, of float32 ones as `dtype`, and prepares the weights of conv_forward. Asserts that the op
-    wrote into no other argument.
+    Works on copies, of float32 ones as `dtype`, and prepares weights. Asserts that the op wrote into no other
+    argument.
     """
     k, names, array = kernels.load(rendition), _names(op), np.ndarray
     args = [a.astype(dtype if a.dtype == "f4" else a.dtype) if isinstance(a, array) else a for a in arguments]
-    if op == "conv_forward":
-        args[1] = k.conv_prepare(args[1], *args[0].shape[1:3], *args[3:5])
+    prepare(k, op, args)
     before = [a.copy() if isinstance(a, array) else a for a in args]
     out = getattr(k, op)(*args)
     for n, a, b in zip(names, args, before):
         assert n in WRITTEN or not isinstance(a, array) or a.tobytes() == b.tobytes(), f"{op} wrote into {n}"
-    several = isinstance(out, tuple) or op == "attention_backward"  # dq, dk, dv, which are one array
-    returned = [] if out is None else list(out) if several else [out]
-    return returned + [a for n, a in zip(names, args) if n in WRITTEN]
+    return returned(op, out) + [a for n, a in zip(names, args) if n in WRITTEN]
+
+
+def returned(op, out):
+    """The list of what an op returned; dq, dk and dv are one array."""
+    return [] if out is None else list(out) if isinstance(out, tuple) or op == "attention_backward" else [out]
 
 
 def product_error(n, winograd=False):
@@ -195,6 +203,11 @@ def _conv(rng, d):  # plus: "e" an embedding, "r" a residual
     emb = _normal(rng, d.B, d.O) if "e" in d.plus else None
     residual = _normal(rng, d.B, *_conv_size(d), d.O) if "r" in d.plus else None
     return [_normal(rng, d.B, d.H, d.W, d.C), weight, _normal(rng, d.O), d.stride, d.pad, emb, residual]
+
+
+def _upconv(rng, d):
+    weight = _normal(rng, 3, 3, d.C, d.O) / np.float32(3 * d.C**0.5)
+    return [_normal(rng, d.B, d.H, d.W, d.C), weight, _normal(rng, d.O)]
 
 
 def _conv_size(d):
@@ -293,6 +306,11 @@ def _torch_conv(torch, x, weight, bias, stride, pad, emb, residual):
     return out if residual is None else out.add_(residual)
 
 
+def _torch_upconv(torch, x, weight, bias):
+    x = torch.nn.functional.interpolate(x.permute(0, 3, 1, 2), scale_factor=2)
+    return torch.conv2d(x, weight.permute(3, 2, 0, 1), bias, 1, 1).permute(0, 2, 3, 1)
+
+
 def _torch_groupnorm(torch, x, weight, bias, groups, eps, silu):
     y = torch.group_norm(x.permute(0, 3, 1, 2), groups, weight, bias, eps)
     return (torch.nn.functional.silu(y) if silu else y).permute(0, 2, 3, 1)
@@ -375,6 +393,9 @@ _CONVS = _dims(
     1 4 5 16 16 1 1 01 -, 2 6 7 3 5 5 1 22 e, 1 6 9 3 16 2 2 00 -, 1 9 10 3 5 4 3 22 r,
     2 9 16 64 32 3 1 11 er, 1 9 20 32 96 3 1 11 r, 3 16 16 160 64 3 1 11 e, 10 32 32 32 32 3 1 11 er""",
 )
+_UPCONVS = _dims(
+    "B H W C O", "1 1 1 1 1, 2 3 5 3 16, 1 4 4 16 16, 2 5 7 24 40, 3 8 8 32 32, 2 2 9 48 16, 1 16 16 32 64"
+)
 _CONV = dict(B=8, H=32, W=32, C=128, O=128, K=3, stride=1, pad=(1, 1), plus="e")
 _NORMS = _dims(
     "B H W C G offset silu residual",
@@ -384,7 +405,7 @@ _NORMS = _dims(
 _ATTENTIONS = _dims(
     "B N C heads scale",
     """1 1 5 1 1, 1 1 8 2 1, 2 7 16 2 1, 1 16 16 1 1, 3 17 32 2 1, 1 30 40 1 3, 2 20 15 3 1, 1 100 32 1 1,
-    2 50 48 3 1, 2 64 8 1 20, 1 49 16 2 1, 1 150 40 2 1, 2 70 36 3 1, 1 33 72 9 1""",
+    2 50 48 3 1, 2 64 8 1 20, 1 49 16 2 1, 1 150 40 2 1, 2 70 36 3 1, 1 33 72 9 1, 1 300 36 2 1""",
 )
 _UPSAMPLES = _dims("shape", "1x1x1x1, 2x3x5x3, 1x7x2x24, 3x4x4x16")
 _JOINS, _WIDE = _dims("B H W C D", "1 1 1 1 1, 2 5 3 16 3, 1 4 6 5 48"), _CONV | dict(D=128)
@@ -415,6 +436,12 @@ CASES = {
     "conv_forward": Case(
         _conv, _CONVS, _CONV, lambda d: 2 * d.B * math.prod(_conv_size(d)) * d.K**2 * d.C * d.O, _torch_conv,
         _conv_error(lambda d: d.K**2 * d.C), floor=unit_floor),
+    "upconv_prepare": Case(
+        lambda rng, d: [_upconv(rng, d)[1], d.H, d.W], _UPCONVS, dict(B=8, H=16, W=16, C=256, O=256),
+        lambda d: 0, lambda t, weight, *_: weight, equal=False),
+    "upconv_forward": Case(
+        _upconv, _UPCONVS, dict(B=8, H=16, W=16, C=256, O=256), lambda d: 72 * d.B * d.H * d.W * d.C * d.O,
+        _torch_upconv, lambda d: product_error(9 * d.C, d.C % 16 == d.O % 16 == 0), floor=unit_floor),
     "groupnorm_forward": Case(
         _groupnorm, _NORMS, dict(B=8, H=32, W=32, C=128, G=32, offset=0, silu=1, residual=0),
         lambda d: 19 * d.B * d.H * d.W * d.C, _torch_groupnorm, _groupnorm_error),
@@ -492,6 +519,9 @@ CASES = {
 _backward("linear", "x weight bias", error=lambda d: product_error(max(d.O, math.prod(d.shape))))
 _backward("conv", "x emb weight bias",
           error=_conv_error(lambda d: max(d.K**2 * d.O, d.B * math.prod(_conv_size(d)))))  # fmt: skip
+_backward("upconv", "x weight bias", floor=2,  # of dx: four gradients, which may cancel
+          error=lambda d: product_error(
+              max(9 * d.O, 4 * d.B * d.H * d.W), d.C % 16 == d.O % 16 == 0))  # fmt: skip
 _backward("groupnorm", "x weight bias", "out mean rstd", floor=1)
 _backward("attention", "q k v", "out lse", flops=2.5, floor=1)
 _backward("upsample", "x")

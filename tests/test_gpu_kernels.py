@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanodiff import kernels
 from nanodiff.kernels import device_gpu, random_ref
-from nanodiff.testing import CASES, WRITTEN, assert_close, run
+from nanodiff.testing import CASES, WRITTEN, assert_close, returned, run
 
 REF, GPU = kernels.load("ref"), kernels.load("gpu")
 OPS = [name for name in vars(REF) if name != "rendition"]
@@ -28,7 +28,7 @@ SINGLE = {"weight", "bias", "emb", "mean", "rstd", "lse", "dweight", "dbias"}
 SINGLE_OPS = {
     "time_embedding", "embedding_forward", "embedding_backward", "q_sample", "sample_step", "gather_images",
     "normal", "random_bits", "zero_grad", "squared_norm", "adam_update", "prepare_weights", "cast",
-    "conv_prepare",
+    "conv_prepare", "upconv_prepare",
 }  # fmt: skip
 BF16_OPS = [op for op in CASES if op not in SINGLE_OPS]
 # Of a result stored as bfloat16, rounding alone moves each element by up to 2^-9; twice that leaves room for
@@ -65,8 +65,7 @@ def run_gpu(op, arguments, bf16=False):
     out = getattr(GPU, op)(*device)
     for name, a, b in zip(names(op), device, before):
         assert name in WRITTEN or not isinstance(a, np.ndarray) or a.tobytes() == b, f"{op} wrote into {name}"
-    out = [] if out is None else list(out) if isinstance(out, tuple) else [out]
-    out += [a for name, a in zip(names(op), device) if name in WRITTEN]
+    out = returned(op, out) + [a for name, a in zip(names(op), device) if name in WRITTEN]
     made = [from_bf16(a) if a.dtype == device_gpu.BF16 else device_gpu.download(a) for a in out]
     return (made, [a.dtype for a in out]) if bf16 else made
 
@@ -79,7 +78,7 @@ def agree(op, dims, bf16=False, seed=0):
     else:
         got, dtypes = run_gpu(op, arguments, True)
         for i, (name, a) in enumerate(zip(names(op), arguments)):
-            matrix = name == "weight" and op.startswith(("linear", "conv"))  # read in bfloat16
+            matrix = name == "weight" and op.startswith(("linear", "conv", "upconv"))  # read in bfloat16
             if narrow(op, name, a) or matrix:
                 arguments[i] = from_bf16(to_bf16(a))
         want = run("ref", op, arguments, np.float64)
@@ -121,7 +120,7 @@ def test_the_order_of_threads_changes_nothing(op):
         assert all(b == bits[0] for b in bits), f"{op} {dims}"
 
 
-@pytest.mark.parametrize("op", [op for op in CASES if op != "conv_prepare"])
+@pytest.mark.parametrize("op", [op for op in CASES if not op.endswith("conv_prepare")])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_not_finite_stays_so(op, bad):
@@ -354,7 +353,9 @@ def test_no_undefined_behaviour():
 
 def every_op():
     for op in CASES:
-        matrix = op.startswith(("linear", "conv", "attention"))  # of many modules, a second each to compile
+        matrix = op.startswith(
+            ("linear", "conv", "upconv", "attention")
+        )  # of many modules, a second each to compile
         for dims in CASES[op].shapes[2::9] if matrix else CASES[op].shapes:
             agree(op, dims)
             if op in BF16_OPS:

@@ -193,9 +193,23 @@ def test_mse_loss():
     check_gradient(lambda: K.mse_loss(**v)[0], gradients, v)
 
 
+@pytest.mark.parametrize("B, H, W, C, O", [(1, 1, 1, 1, 1), (1, 2, 3, 2, 3), (2, 3, 2, 3, 1)])
+def test_upconv(B, H, W, C, O):
+    v = arrays(0, x=(B, H, W, C), weight=(3, 3, C, O), bias=O)
+
+    def gradients(dout):
+        dx, dw, db = added(
+            lambda dw, db: K.upconv_backward(dout, v["x"], v["weight"], dw, db), v["weight"], v["bias"]
+        )
+        return dict(x=dx, weight=dw, bias=db)
+
+    check_gradient(lambda: K.upconv_forward(v["x"], v["weight"], v["bias"]), gradients, v)
+
+
 def test_every_backward_is_checked_here():
     """A new op needs a line above (or, like the draws and the updates, has no gradient)."""
-    checked = {"linear", "conv", "groupnorm", "attention", "upsample", "activation", "modulate", "embedding"}
+    checked = {"linear", "conv", "upconv", "groupnorm", "attention", "upsample", "activation", "modulate"}
+    checked |= {"embedding"}
     assert {op.removesuffix("_backward") for op in CASES if op.endswith("_backward")} == checked
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanodiff import kernels
-from nanodiff.testing import CASES, WRITTEN, assert_close, run, traffic
+from nanodiff.testing import CASES, WRITTEN, assert_close, prepare, run, traffic
 
 REF, CPU = kernels.load("ref"), kernels.load("cpu")
 OPS = [name for name in vars(REF) if name != "rendition"]
@@ -58,13 +58,12 @@ def test_shapes_and_dtypes_agree_and_nothing_is_aliased(op):
     """In float32 the definition is float32 throughout; results of the CPU are new arrays."""
     arguments = CASES[op].arguments(CASES[op].shapes[-1])
     ref, cpu = (run(r, op, arguments) for r in ("ref", "cpu"))
-    if op != "conv_prepare":  # its result is the rendition's own affair
+    if not op.endswith("conv_prepare"):  # its result is the rendition's own affair
         assert [(a.shape, a.dtype) for a in ref] == [(a.shape, a.dtype) for a in cpu]
     if op == "cast":  # may hand back what it got
         return
     args = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
-    if op == "conv_forward":
-        args[1] = CPU.conv_prepare(args[1], *args[0].shape[1:3], *args[3:5])
+    prepare(CPU, op, args)
     out = getattr(CPU, op)(*args)
     for a in out if isinstance(out, tuple) else [out]:
         assert not any(isinstance(b, np.ndarray) and np.shares_memory(a, b) for b in args if a is not None)
@@ -80,7 +79,7 @@ def test_a_result_does_not_change_when_the_op_runs_again():
 
 
 # ---- CPU against the definition ----
-@pytest.mark.parametrize("op", [op for op in CASES if op != "conv_prepare"])
+@pytest.mark.parametrize("op", [op for op in CASES if not op.endswith("conv_prepare")])
 def test_cpu_is_ref(op):
     for seed, dims in enumerate(CASES[op].shapes):
         agree(op, dims, seed)
@@ -108,6 +107,14 @@ def test_any_convolution_by_winograd(B, H, W, C, O, plus):
     dims = dict(B=B, H=H, W=W, C=C, O=O, K=3, stride=1, pad=(1, 1), plus=plus)
     agree("conv_forward", dims)
     agree("conv_backward", dims)
+
+
+@drawn
+@given(B=st.integers(1, 3), H=sizes, W=sizes, C=st.integers(1, 40), O=st.integers(1, 40))
+def test_any_convolution_of_larger_images(B, H, W, C, O):
+    dims = dict(B=B, H=H, W=W, C=C, O=O)
+    agree("upconv_forward", dims)
+    agree("upconv_backward", dims)
 
 
 @drawn
@@ -168,7 +175,13 @@ def test_activations_far_out(kind):
 
 
 def test_parameter_gradients_are_added_into():
-    for op in ("linear_backward", "conv_backward", "groupnorm_backward", "embedding_backward"):
+    for op in (
+        "linear_backward",
+        "conv_backward",
+        "upconv_backward",
+        "groupnorm_backward",
+        "embedding_backward",
+    ):
         for dims in CASES[op].shapes[2:]:
             arguments = CASES[op].arguments(dims)
             names = list(inspect.signature(getattr(REF, op)).parameters)
@@ -184,7 +197,7 @@ def holes(results):
     return [~np.isfinite(a) if a.dtype.kind == "f" else np.zeros(a.shape, bool) for a in results]
 
 
-@pytest.mark.parametrize("op", [op for op in CASES if op != "conv_prepare"])
+@pytest.mark.parametrize("op", [op for op in CASES if not op.endswith("conv_prepare")])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_is_not_finite_stays_so(op, bad):

@@ -184,6 +184,7 @@ def test_a_step_within_frozen_and_one_with_dropout_are_not_recorded(replays):
 def test_an_error_while_recording_leaves_all_usable(monkeypatch, replays):
     model = network()
     data = batch(model)
+    gc.collect()  # models of other tests
     want, alive = by_hand(model, **data), parallel_cpu.Recording.alive
     with monkeypatch.context() as patch:
         patch.setattr(model.ctx.k, "concat", lambda a, b: 1 / 0)

@@ -45,8 +45,8 @@ class Plan:
     """source[line, q]: the row of x at position q, -1 for zero; taps[k]: (line, distance, tap of the weights)
     of the outputs of class k; span: the largest distance.
     starts[t]: the position of the first row of tile t, an even number of them; rows[16 (k tiles + t) + i]:
-    the row of out that its row i goes to, -1 for none; run[k, t]: the first of them, if all 16 follow one
-    another, else -1."""
+    the row of out that its row i goes to, -1 for none; run[k, t]: the first of them, if all 16 are `apart`
+    from one another, else -1."""
 
     source: np.ndarray
     taps: tuple
@@ -54,6 +54,7 @@ class Plan:
     starts: np.ndarray
     rows: np.ndarray
     run: np.ndarray
+    apart: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +102,10 @@ def _lines(B, size, stride, row, columns, R, P, n):
     return source.reshape(-1, n)
 
 
-def _plan(B, size, out, stride, classes, target):
+def _plan(B, size, out, stride, classes, target, apart=1):
     """size, out: (H, W) of x and of one class of outputs. classes: for each a list of (row shift, column
     shift, tap); output (y, x) reads pixel (y, x) * stride + shift. target(k): the rows of out of its outputs,
-    (B, h, w)."""
+    (B, h, w), neighbours of which are `apart`."""
     members = [tap for taps in classes for tap in taps]
     low, more, (R, P) = _shifts(size, out, stride, members)
     columns = [stride * low[1] + j for j in range(stride)]
@@ -135,8 +136,8 @@ def _plan(B, size, out, stride, classes, target):
         ))  # fmt: skip
     rows = targets[:, starts[:, None] + np.arange(16)]
     rows[:, first.size :] = -1  # of the tile that makes their number even
-    run = np.where((np.diff(rows) == 1).all(2) & (rows[:, :, 0] >= 0), rows[:, :, 0], -1)
-    return Plan(source, tuple(taps), span, starts, rows.ravel(), run)
+    run = np.where((np.diff(rows) == apart).all(2) & (rows[:, :, 0] >= 0), rows[:, :, 0], -1)
+    return Plan(source, tuple(taps), span, starts, rows.ravel(), run, apart)
 
 
 def _windows(H, W, kh, kw, stride, pad):
@@ -168,9 +169,11 @@ def gradient_plan(B, H, W, kh, kw, stride, pad):
         for y, x in corners
     ]
     pixels, most = np.arange(B * H * W).reshape(B, H, W), (-(-H // stride), -(-W // stride))
-    return _plan(
-        B, out, most, 1, classes, lambda k: pixels[:, corners[k][0] :: stride, corners[k][1] :: stride]
-    )
+
+    def rows(k):
+        return pixels[:, corners[k][0] :: stride, corners[k][1] :: stride]
+
+    return _plan(B, out, most, 1, classes, rows, stride)
 
 
 @functools.lru_cache(maxsize=256)
@@ -188,6 +191,22 @@ def weight_plan(B, H, W, kh, kw, stride, pad):
         (i % stride * stride + j % stride, span - (i // stride - low[0]) * P - j // stride + low[1], tap, 0)
         for i, j, tap in taps
     ]
+    return Back(source, np.array(back, np.int64), span, target, n)
+
+
+@functools.lru_cache(maxsize=256)
+def doubled_plan(B, H, W, a, b):
+    """Of the weight gradient of a 3x3 convolution of images made twice as large: the four dK[u, v] of
+    `doubled` (conv_cpu.py) that make pixels (2y + a, 2x + b)."""
+    taps = [((u == 0) - (u == 3), (v == 0) - (v == 3), 4 * u + v)
+            for u in range(1 - a, 4, 2) for v in range(1 - b, 4, 2)]  # fmt: skip
+    R, P = _pitch(H, H, 1, -1, 2), _pitch(W, W, 1, -1, 2)
+    n, span = -(-B * R * P // 32) * 32, 2 * P + 2
+    source = _lines(B, (H, W), 1, -1, [-1], R, P, n + span + 32)
+    full, target = np.full((B, R, P), -1), np.full((1, n + 2 * span + 96), -1, np.int32)
+    full[:, :H, :W] = np.arange(4 * B * H * W).reshape(B, H, 2, W, 2)[:, :, a, :, b]
+    target[0, span : span + full.size] = full.ravel()
+    back = [(0, span - (y + 1) * P - x - 1, tap, 0) for y, x, tap in taps]
     return Back(source, np.array(back, np.int64), span, target, n)
 
 
@@ -244,7 +263,7 @@ def line_products(
 ):  # fmt: skip
     """A job: some of the tiles, one of `groups` groups of output channels. C is a multiple of 16.
     biased[k, t]: the row of bias that all outputs of tiles t and t + 1 have, or -1."""
-    block, span, length, groups, area = numbers
+    block, span, length, groups, area, apart = numbers
     (lines, _), C, O, (classes, tiles) = source.shape, x.shape[1], out.shape[1], run.shape
     t0, group, blocks, panels = job // groups * block, job % groups, (C + 31) // 32, (O + 31) // 32
     t1, q0, frame, flat = min(t0 + block, tiles), starts[t0], worker * scratch.shape[1], scratch.reshape(-1)
@@ -282,7 +301,7 @@ def line_products(
                 if whole & (p >= 0) & (q >= 0) & (residual.size == 0):
                     tile_product(
                         a, places, 16, lo, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
-                        at(out, p * O + o * 32), at(out, q * O + o * 32), O, 16, depth,
+                        at(out, p * O + o * 32), at(out, q * O + o * 32), O * apart, 16, depth,
                     )  # fmt: skip
                 else:
                     tile_product(
@@ -321,7 +340,7 @@ def _layout(plan, C, O, area, threads):
     images = np.where(rows >= 0, rows // area, -1).max(1)
     same = (rows < 0) | (rows // area == images[:, None])
     biased = np.where(same.all(1), images, -1).repeat(2).reshape(plan.run.shape)
-    numbers = np.array([block, plan.span, length, groups, area], np.int64)
+    numbers = np.array([block, plan.span, length, groups, area, plan.apart], np.int64)
     return (
         count * groups,
         lines * blocks * length * 32,
@@ -485,7 +504,7 @@ def gradient_products(
                 for c in range(C // 16 * 2):
                     transpose16(at(scratch, half + c * 256), 16, at(scratch, to + c * 256))
         for line in range(target.shape[0]):
-            for e in range(0, 2 * length - (chunk - count) * 32, 2 - odd):
+            for e in range(0, count * 32 + span, 2 - odd):
                 first, second = target[line, k0 * 32 + e], target[line, k0 * 32 + e + 1]
                 a = at(dout, first * O) if first >= 0 else at(zero, 0)
                 b = at(dout, second * O) if second >= 0 else at(zero, 0)
@@ -545,7 +564,7 @@ def _gradient_layout(plan, C, O, area):
         sets, splits = 1, min(total, 4 if T * blocks * panels <= 256 else 2)
     wide = -(-panels // sets)
     chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * more * wide))))
-    length = chunk * 16 + (plan.span + 1) // 2
+    length = chunk * 16 + (plan.span + 1) // 2 | 1  # odd: not all lines on the same sets of a cache
     words = 1024 * blocks * (lines * chunk + 1) + more * wide * 4 * length * 32
     steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
     odd, there = (plan.taps[:, 1] % 2).any(), splits == 1 and C % 32 == 0 and O % 32 == 0

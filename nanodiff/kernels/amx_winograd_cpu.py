@@ -65,14 +65,12 @@ STEP = 1024  # words of B for one step of tile_product
 F = 6  # frequencies
 TABLE = 32 * 6 + 8  # addresses of a worker: of the inputs of 32 positions, and one more
 NONE = np.zeros(0, np.float32)
-FRAME = 3 << 16  # words of a frame that a job should not exceed: 768 KB of a 2 MB L2 cache
+FRAME = 3 << 16  # words of a frame, 768 KB of a 2 MB L2 cache, unless those are fewer than 8 tiles
 SMALL = 1 << 14  # C * O of weights that stay in the L2 cache: 1.2 MB
-DEEP = (
-    4,
-    6,
-)  # steps whose weights stay in the L1 cache while they meet all tiles of a job; 6 if 4 leave a rest
+DEEP = 4, 6  # steps whose weights stay in L1 while they meet all tiles of a job; 6 where 4 would leave a rest
 CHUNK = 4  # steps of 32 positions of a weight gradient whose operands are made at a time
 SET = 4  # a job of it makes SET x SET blocks of 32 x 32 channels, whose sums, 1.2 MB, stay in the L2 cache
+ROOM = 8  # blocks whose sums leave room there for the pixels of the next chunk, asked for in advance
 
 PA, PB = 5 / 8, 3 / 2  # the points
 A2, B2 = PA * PA, PB * PB
@@ -107,7 +105,8 @@ def gt(u0, u1, u2, u3, u4, u5):  # G^T, the adjoint of G
     return (1 / (A2 * B2)) * u0 + GA * s + GB * t, GA * PA * d + GB * PB * e, GA * A2 * s + GB * B2 * t + u5
 
 
-split_x, split_w, split_d = make_split(bt, 6), make_split(g, 3), make_split(a4, 4)
+PARTS = slice(None), slice(3), slice(3, 6)  # all frequencies, or a half of them
+split_x, split_w, split_d = make_split(bt, 6, PARTS), make_split(g, 3), make_split(a4, 4, PARTS)
 merge_w, (product_beside, split_alone, merge_alone) = make_merge(gt, F), make_beside(bt, at4)
 
 
@@ -211,6 +210,7 @@ def row_products(
     last, table, flat = min(first + share, tiles), tables[worker], scratch.reshape(-1)
     line, base, turn, plus = blocks * length * 32, worker * scratch.shape[1], 0, residual.size > 0
     lo, deep = length * 16, DEEP[int(3 * blocks % DEEP[0] > 0)]
+    ask = int(4 * C * O > SMALL)  # for weights in advance; the few of fewer channels are near anyway
     todo, sums = table_at(tables, worker * tables.shape[1]), base + min(2, parts) * F * line
     lists = tables.ctypes.data + worker * tables.shape[1] * 8
     nothing, sink = zero.ctypes.data, scratch.ctypes.data + (base + scratch.shape[1] - O - 32) * 4
@@ -258,6 +258,8 @@ def row_products(
                     for t in range(t0, t1, 2):
                         a = at(flat, frame + f * line + (starts[t] - starts[t0]) * 16)
                         far = (starts[t + 1] - starts[t]) * 16
+                        # the next weights come meanwhile
+                        soon = shift(panel, ask * (STEP + (t - t0) // 2 * 192) * depth)
                         to = at(flat, now + (f * block + t - t0) * 512)
                         before, row, half, below = to, 16, 256, 512
                         if k == 0:
@@ -266,11 +268,13 @@ def row_products(
                             product_beside(
                                 on, todo, a, table_at(steps, k), 16, lo, far, panel, STEP, 16, 256, 512,
                                 before, shift(before, below), row, half, to, shift(to, 512), 16, 256, depth,
+                                soon, 192,
                             )  # fmt: skip
                         else:
                             tile_product(
                                 a, table_at(steps, k), 16, lo, far, panel, STEP, 16, 256, 512,
                                 before, shift(before, below), row, half, to, shift(to, 512), 16, 256, depth,
+                                soon, 192,
                             )  # fmt: skip
             merge_rest(todo)
             table[LEFT], table[ENTRY], table[PANEL] = (t1 - t0) * 16, lists + 8 * entries, o * 128
@@ -284,9 +288,10 @@ def _layout(B, H, W, C, O, threads):
     """How `row_conv` cuts its work: number of jobs, words of scratch, tables. It changes no bit of it."""
     P, _, _, starts, _, _ = row_plan(B, H, W)
     blocks, tiles, small = C // 32, len(starts), C * O <= SMALL
-    most = max(4, (FRAME // 3 if small else FRAME) // (F * C * 16) // 2 * 2)
+    most = max(4 if small else 8, (FRAME // 3 if small else FRAME) // (F * C * 16) // 2 * 2)
     # small weights stay in the L2 cache while a job makes some parts, and frames of the next beside products;
-    # large ones pass through it once for each part, so that parts had better be few
+    # large ones pass through it once for each part, asked for in advance: parts had better be few, and time
+    # enough for that
     parts = max(1, min(8, tiles // (2 * threads * most))) if small else 1
     count = -(-tiles // (parts * most))
     count = -(-count // threads) * threads if tiles >= 16 * threads else 1
@@ -353,7 +358,7 @@ def split_rows(job, worker, weight, turned, out, scratch, tables):
                         first = base + (3 * i + j) * C * row + k * row + h * 64
                         table[j], table[3 + j] = first, first + 16 * row
                 to = at(out, ((panel * F * blocks + c) * 3 + i) * STEP + h * 512 + k * 16)
-                split_w(table_at(tables, worker * TABLE), 1, 0, 0, to, 0, blocks * 3 * STEP, 256)
+                split_w(0, table_at(tables, worker * TABLE), 1, 0, 0, to, 0, blocks * 3 * STEP, 256)
 
 
 def row_weights(weight, turned=False, keep=False):  # (3,3,C,O) -> (panels, 6, 3 * blocks, STEP)
@@ -389,8 +394,8 @@ def row_gradients(
     job, worker, x, dout, source, target, partial, dweight, sums, zero, steps, scratch, tables, numbers
 ):
     """partial[split, c block, panel, f, row] = V^T D: a job is one split of the positions, for a set of SET
-    blocks of input channels and one of SET panels."""
-    total, P, csets, osets, area = numbers
+    blocks of input channels, one of SET panels, and all frequencies or one of `halves`."""
+    total, P, csets, osets, halves, area = numbers
     C, O, (splits, units, _) = x.shape[1], dout.shape[1], partial.shape
     blocks, panels, inputs, table = (
         C // 32,
@@ -398,54 +403,69 @@ def row_gradients(
         table_at(tables, worker * TABLE),
         tables[worker, TABLE - 8 :],
     )
+    half, job, lines = job % halves, job // halves, F // halves
     split, cset, oset = job // (csets * osets), job // osets % csets, job % osets
     c0, c1 = cset * blocks // csets, (cset + 1) * blocks // csets
     o0, o1 = oset * panels // osets, (oset + 1) * panels // osets
     odd, length = P % 2, CHUNK * 16 + P  # pairs of positions: an odd distance needs those from odd ones on
-    half, to_next = worker * scratch.shape[1], (1 + odd) * length * 32
-    xt, x_line = half + F * 512, (c1 - c0) * CHUNK * STEP + 16
-    pairs, d_line = xt + F * x_line, 2 * (o1 - o0) * to_next + 16
-    first, last = split * total // splits, (split + 1) * total // splits
+    words, to_next = worker * scratch.shape[1], (1 + odd) * length * 32
+    xt, x_line = words + lines * 512, (c1 - c0) * CHUNK * STEP + 16
+    pairs, d_line = xt + lines * x_line, 2 * (o1 - o0) * to_next + 16
+    first, last, part = split * total // splits, (split + 1) * total // splits, half + halves // 2
+    chunks, calls = (last - first + CHUNK - 1) // CHUNK, (c1 - c0) * (o1 - o0) * lines * 3
+    roomy = calls <= ROOM * F * 3  # one call of tile_product for each sum
     begin()
-    for k0 in range(first, last, CHUNK):
-        count = min(CHUNK, last - k0)
+    for chunk in range(chunks):
+        k0, call = first + chunk * (last - first) // chunks, 0
+        count = first + (chunk + 1) * (last - first) // chunks - k0
         for k in range(count):
             pixels = table_at(source, (k0 + k) * 32 * 6)
             point(inputs, pixels, 32 * 6, x.ctypes.data, C * 4, zero.ctypes.data)
             for c in range(2 * c0, 2 * c1):
                 for i in range(16):
-                    words = table_at(tables, worker * TABLE + 12 * i)
-                    split_x(words, 1, 16 * c, 0, at(scratch, half + i * 16), 0, 512, 256)
+                    pair = table_at(tables, worker * TABLE + 12 * i)
+                    split_x(part, pair, 1, 16 * c, 0, at(scratch, words + i * 16), 0, 512, 256)
                 to = xt + ((c // 2 - c0) * CHUNK + k) * STEP + c % 2 * 512
-                for i in range(2 * F):
+                for i in range(2 * lines):
                     tile = at(scratch, to + i // 2 * x_line + i % 2 * 256)
-                    transpose16(at(scratch, half + i * 256), 16, tile)
+                    transpose16(at(scratch, words + i * 256), 16, tile)
         for e in range(0, count * 32 + 2 * P, 2 - odd):
             point(inputs, table_at(target, (k0 * 32 + e) * 4), 8, dout.ctypes.data, O * 4, zero.ctypes.data)
             to = at(scratch, pairs + (e % 2 * 2 * length + e // 2) * 16)
-            split_d(inputs, 2 * (o1 - o0), 32 * o0, 16, to, to_next, d_line, 16 * length)
-        if cset == 0:
+            split_d(part, inputs, 2 * (o1 - o0), 32 * o0, 16, to, to_next, d_line, 16 * length)
+        if cset + half == 0:
             q = k0 * 32 + 2 * P
             add_pixels(
                 target.reshape(-1), q, q + count * 32, 4, area, dout, 32 * o0, 32 * o1, sums, split, table
             )
+        later = (k0 + count) * 32 * 4 * area // (area + 4 * P)  # about the first pixel of the next chunk
         for c in range(c0, c1):
             for o in range(o0, o1):
-                for f in range(F):
+                for f in range(lines):
                     a = at(scratch, xt + f * x_line + (c - c0) * CHUNK * STEP)
                     for i in range(3):
-                        e, unit = (2 - i) * P, (split * units + ((c * panels + o) * F + f) * 3 + i) * STEP
+                        e, unit = (2 - i) * P, ((c * panels + o) * F + half * lines + f) * 3 + i
+                        unit = (split * units + unit) * STEP
                         d = pairs + f * d_line + 2 * (o - o0) * to_next + (e % 2 * 2 * length + e // 2) * 16
                         to, before, row, far = at(partial, unit), at(partial, unit), 16, 256
                         if k0 == first:
                             before, row, far = at(zero, 0), 0, 0
+                        # meanwhile pixels of the next chunk come, of x and then of dout, or the next sums
+                        pixel = later + 2 * call % calls * 128 * count // calls
+                        if not roomy:
+                            soon, apart = shift(to, STEP), 256
+                        elif 2 * call < calls:
+                            soon, apart = at(x, pixel * C + 32 * c0), C * -(-256 // calls)
+                        else:
+                            soon, apart = at(dout, pixel * O + 32 * o0), O * -(-256 // calls)
+                        call += 1
                         tile_product(
                             a, table_at(steps, 0), 16, 256, 512, at(scratch, d), 256, 16, 16 * length,
                             to_next, before, shift(before, 2 * far), row, far, to, shift(to, 512), 16, 256,
-                            count,
+                            count, soon, apart,
                         )  # fmt: skip
     end()
-    if splits == 1:
+    if splits * halves == 1:
         for c in range(c0, c1):
             add_rows(partial, dweight, c, o0, o1, zero)
 
@@ -462,17 +482,20 @@ def row_weight_gradient(x, dout, dweight):
     (B, H, W, C), O, threads = x.shape, dout.shape[3], parallel_cpu.threads()
     P, n, source, _, _, target = row_plan(B, H, W)
     total, csets, osets = -(-(n + P) // 32), -(-C // (32 * SET)), -(-O // (32 * SET))
-    splits = 1 if csets * osets > 3 else min(total, 4 if csets * osets == 1 else 2)
     wide, high = -(-C // 32 // csets), -(-O // 32 // osets)
+    # each half of the frequencies apart: x and dout are read twice, but fewer splits make as many jobs
+    halves = 2 if wide * high > ROOM and csets * osets < 3 else 1
+    parts = csets * osets * halves
+    splits = 1 if parts > 3 else min(total, 4 if parts == 1 else 2)
     pairs = 2 * high * (1 + P % 2) * (CHUNK * 16 + P) * 32
-    words = F * (512 + wide * CHUNK * STEP + 16 + pairs + 16)
+    words = F // halves * (512 + wide * CHUNK * STEP + 16 + pairs + 16)
     partial = shared("partial", (splits, C // 32 * (O // 32) * F * 3, STEP))
     sums, flat, zero = zeros((splits, B, O)), dweight.reshape(9, C, O), _zeros(max(C, O))
     row_gradients(
-        splits * csets * osets, x.reshape(-1, C), dout.reshape(-1, O), source, target, partial, flat, sums,
+        splits * parts, x.reshape(-1, C), dout.reshape(-1, O), source, target, partial, flat, sums,
         zero, np.arange(CHUNK) * STEP, scratch(words), shared("tables", (threads, TABLE), np.int64),
-        np.array([total, P, csets, osets, H * W], np.int64),
+        np.array([total, P, csets, osets, halves, H * W], np.int64),
     )  # fmt: skip
-    if splits > 1:
+    if splits * halves > 1:
         add_splits(C // 32, partial, flat, zero)
     return sum_first(sums, O)

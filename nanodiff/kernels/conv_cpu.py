@@ -9,12 +9,15 @@ import numpy as np
 
 from nanodiff.kernels import amx_cpu, amx_winograd_cpu
 from nanodiff.kernels.gemm_cpu import convolve, packed, sums, weight_gradient
-from nanodiff.kernels.parallel_cpu import AMX, DIRECT, empty, host
+from nanodiff.kernels.parallel_cpu import AMX, DIRECT, empty, host, parallel, shared
+from nanodiff.kernels.resample_cpu import upsample_backward, upsample_forward
 from nanodiff.kernels.simd_cpu import PANEL
-from nanodiff.kernels.sums_cpu import add_columns, widened
+from nanodiff.kernels.sums_cpu import add_columns, widened, zeros
 from nanodiff.kernels.winograd_cpu import transformed_weights, winograd, winograd_weight_gradient
 
-__all__ = ["conv_prepare", "conv_forward", "conv_backward"]
+__all__ = [
+    "conv_prepare", "conv_forward", "conv_backward", "upconv_prepare", "upconv_forward", "upconv_backward",
+]  # fmt: skip
 
 
 def uses_winograd(shape, H, W, stride, pad):
@@ -142,4 +145,93 @@ def _data_gradient(dout, shape, weight, stride, pad):
             turned = packed(flat, taps[:, 2].copy(), transposed=True)
             scale = 1 if stride == 1 else -stride
             convolve(dout, turned, zero, dx, taps, gw, gh * gw, scale, grid=stride, offset=(oy, ox))
+    return dx
+
+
+# ---- a 3x3 convolution of images made twice as large ----
+# Such an image has every pixel of x four times, so that of the three weights of a window along an axis two
+# always meet the same pixel. With their sums,
+#     K[u] = w[2], w[1] + w[2], w[0] + w[1], w[0],     u = 0 .. 3, and likewise along the other axis,
+# output Y is the sum over the u for which Y + 1 - u = 2 y is even of x[y] K[u]: what the dx of a 4x4
+# convolution of stride 2 does to dout, with 4/9 of the products. Hence
+#     dx = that convolution of dout,     dK[u] = sum over y of x[y]^T dout[2 y + u - 1],
+#     dw[i] = dK[2 - i] + dK[3 - i]      w[i] is in K[2 - i] and in K[3 - i]
+SAME = 1, (1, 1)  # stride and border of the 3x3 convolution
+DOUBLED = 4, 4, 2, (1, 1)
+
+
+def uses_doubled(H, W, C):
+    """On the matrix unit, where a pixel costs more than the weights, of which there are 16 for 9."""
+    return AMX and 2 * H * W >= C
+
+
+@parallel
+def add_doubled(job, worker, weight, out):
+    """out (16, C, O) = K of weight (9, C, O), for 8 rows of each tap."""
+    _, C, O = weight.shape
+    for c in range(8 * job, min(8 * job + 8, C)):
+        for u in range(4):
+            for v in range(4):
+                to = out[4 * u + v, c]
+                for o in range(O):
+                    to[o] = 0
+                for i in range(max(0, 2 - u), min(2, 3 - u) + 1):
+                    for j in range(max(0, 2 - v), min(2, 3 - v) + 1):
+                        run = weight[3 * i + j, c]
+                        for o in range(O):
+                            to[o] += run[o]
+
+
+@parallel
+def add_folded(job, worker, dK, dweight):
+    """dweight (9, C, O) += what dK (16, C, O) says of it, for 8 rows of each tap."""
+    _, C, O = dweight.shape
+    for c in range(8 * job, min(8 * job + 8, C)):
+        for i in range(3):
+            for j in range(3):
+                to = dweight[3 * i + j, c]
+                for u in range(2 - i, 4 - i):
+                    for v in range(2 - j, 4 - j):
+                        run = dK[4 * u + v, c]
+                        for o in range(O):
+                            to[o] += run[o]
+
+
+def doubled(weight):  # (3,3,C,O) -> K (16,C,O), until the next call
+    C, O = weight.shape[2:]
+    K = shared("doubled", (16, C, O))
+    add_doubled(-(-C // 8), weight.reshape(9, C, O), K)
+    return K
+
+
+def upconv_prepare(weight, H, W):
+    """As conv_prepare; or K as tiles, (O/32, C/32, 4, 4, 1024)."""
+    if not uses_doubled(H, W, weight.shape[2]):
+        return conv_prepare(weight, 2 * H, 2 * W, *SAME)
+    tiles = amx_cpu.tile_weights(doubled(weight), amx_cpu.gradient_plan(1, 2 * H, 2 * W, *DOUBLED), keep=True)
+    return tiles.reshape(*tiles.shape[:2], 4, 4, -1)
+
+
+def upconv_forward(x, weight, bias):
+    (B, H, W, C), O = x.shape, len(bias)
+    if not uses_doubled(H, W, C):
+        return conv_forward(upsample_forward(x), weight, bias, *SAME)
+    plan, out = amx_cpu.gradient_plan(B, 2 * H, 2 * W, *DOUBLED), empty((B, 2 * H, 2 * W, O))
+    amx_cpu.products(plan, x.reshape(-1, C), weight, bias[None], out.reshape(-1, O))
+    return out
+
+
+def upconv_backward(dout, x, weight, dweight, dbias):
+    (B, H, W, C), O = x.shape, dout.shape[3]
+    if not uses_doubled(H, W, C):
+        dup, _ = conv_backward(dout, upsample_forward(x), weight, *SAME, dweight, dbias)
+        return upsample_backward(dup)
+    rows, pixels, dK, dx = dout.reshape(-1, O), x.reshape(-1, C), zeros((16, C, O)), empty(x.shape)
+    for phase in np.ndindex(2, 2):
+        back = amx_cpu.doubled_plan(B, H, W, *phase)
+        add_columns(amx_cpu.weight_products(back, pixels, rows, dK, 4 * H * W), dbias)
+    add_folded(-(-C // 8), dK, dweight.reshape(9, C, O))
+    plan, zero = amx_cpu.forward_plan(B, 2 * H, 2 * W, *DOUBLED), np.zeros((1, C), np.float32)
+    turned = amx_cpu.tile_weights(doubled(weight), plan, turned=True)
+    amx_cpu.products(plan, rows, turned, zero, dx.reshape(-1, C))
     return dx

@@ -2,8 +2,11 @@
 
 from nanodiff.kernels.device_gpu import empty
 from nanodiff.kernels.gemm_gpu import add_gradients, multiply, operand
+from nanodiff.kernels.resample_gpu import upsample_backward, upsample_forward
 
-__all__ = ["conv_prepare", "conv_forward", "conv_backward"]
+__all__ = [
+    "conv_prepare", "conv_forward", "conv_backward", "upconv_prepare", "upconv_forward", "upconv_backward",
+]  # fmt: skip
 
 
 def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
@@ -37,3 +40,16 @@ def conv_backward(
     back = dict(H=OH, W=OW, OH=H, OW=W, N=C, C=O, lda=O, ldb=O, ldo=C, parts=stride * stride)
     multiply("NT", dout, operand(weight, x.dtype), dx, **window, **back)
     return dx, demb
+
+
+def upconv_prepare(weight, H, W):
+    return weight
+
+
+def upconv_forward(x, weight, bias):
+    return conv_forward(upsample_forward(x), weight, bias, 1, (1, 1))
+
+
+def upconv_backward(dout, x, weight, dweight, dbias):
+    dup, _ = conv_backward(dout, upsample_forward(x), weight, 1, (1, 1), dweight, dbias)
+    return upsample_backward(dup)

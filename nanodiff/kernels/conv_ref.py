@@ -3,7 +3,11 @@ both axes."""
 
 import numpy as np
 
-__all__ = ["conv_prepare", "conv_forward", "conv_backward"]
+from nanodiff.kernels.resample_ref import upsample_backward, upsample_forward
+
+__all__ = [
+    "conv_prepare", "conv_forward", "conv_backward", "upconv_prepare", "upconv_forward", "upconv_backward",
+]  # fmt: skip
 
 
 def conv_prepare(weight, H, W, stride=1, pad=(0, 0)):
@@ -60,3 +64,19 @@ def conv_backward(dout, x, weight, stride, pad, dweight, dbias, wants_dx=True): 
             dxp[:, rows, cols] += dout @ weight[i, j].T
     dx = dxp[:, pad[0] : pad[0] + x.shape[1], pad[0] : pad[0] + x.shape[2]]
     return np.ascontiguousarray(dx), demb
+
+
+def upconv_prepare(weight, H, W):
+    """The weights in the form that `upconv_forward` reads on images of H x W; here they stay as they are."""
+    return weight
+
+
+def upconv_forward(x, weight, bias):  # (B,H,W,C) -> (B,2H,2W,O)
+    """A 3x3 convolution (3,3,C,O) of x made twice as large, with a border of zeros that keeps the size."""
+    return conv_forward(upsample_forward(x), weight, bias, 1, (1, 1))
+
+
+def upconv_backward(dout, x, weight, dweight, dbias):  # -> dx (B,H,W,C)
+    """dx for the forward above, the backwards of both one after the other; adds into dweight and dbias."""
+    dup, _ = conv_backward(dout, upsample_forward(x), weight, 1, (1, 1), dweight, dbias)
+    return upsample_backward(dup)

@@ -198,13 +198,29 @@ def choose(x, a, b):
     return _Vector(x.b, x.b.select(x.b.fcmp_ordered(">", x.value, x.of(0)), x.of(a), x.of(b)))
 
 
-def make_rows(rule, inputs, constants, sums, output=True, combine=_Vector.plus_in_order):
+def split_words(x, y):
+    """Words of two bfloat16 each (tiles_cpu.py) for elements x and y: hi, of those nearest to x and y, and
+    lo, of those nearest to what is left."""
+    b, word, left, words = x.b, x.like(0, I32).type, [x.value, y.value], []
+    for _ in range(2):
+        rounded = []
+        # to nearest, by adding half of the last kept bit; infinity and NaN survive
+        for i, v in enumerate(left):
+            up = b.add(b.bitcast(v, word), x.like(0x8000, I32))
+            rounded.append(b.and_(up, x.like(0xFFFF0000, I32)))
+            left[i] = b.fsub(v, b.bitcast(rounded[i], v.type))
+        words.append(_Vector(b, b.or_(b.lshr(rounded[0], x.like(16, I32)), rounded[1])))
+    return words
+
+
+def make_rows(rule, inputs, constants, sums, output=1, combine=_Vector.plus_in_order, soon=SOON):
     """A rule for the elements of matrices (rows, C), channel by channel: every channel has its own constants
     and sums over the rows, which stay in registers while the rows pass.
 
-    rule(*elements of `inputs` matrices, *`constants`) -> its output (if `output`), then a term for each sum.
-    Called with a table of the addresses of the inputs and the output, the number of rows, the floats from one
-    row to the next, the channels, the constants [constants, ld] and the sums [sums, ld].
+    rule(*elements of `inputs` matrices, *`constants`) -> `output` elements, then a term for each sum. Called
+    with a table of the addresses of inputs and outputs, the first row and the end of them, the floats from
+    row to row, the channels, the constants [constants, ld] and the sums [sums, ld]. Rows `soon` further on
+    are asked for (0: none, where all is in the caches).
     """
 
     @intrinsic
@@ -215,9 +231,7 @@ def make_rows(rule, inputs, constants, sums, output=True, combine=_Vector.plus_i
         def codegen(context, b, _, args):
             table, start, stop, row, channels, constant, sum, ld = args
             i64 = lambda v: ir.Constant(I64, v)  # noqa: E731
-            starts = [
-                b.inttoptr(b.load(_at(b, table, i)), F32.as_pointer()) for i in range(inputs + bool(output))
-            ]
+            starts = [b.inttoptr(b.load(_at(b, table, i)), F32.as_pointer()) for i in range(inputs + output)]
             done = i64(0)
             # as many channels at a time as registers allow; then one vector at a time; then one channel
             for vectors, lanes in dict.fromkeys(((AHEAD, VECTOR), (1, VECTOR), (1, 1))):
@@ -241,16 +255,15 @@ def make_rows(rule, inputs, constants, sums, output=True, combine=_Vector.plus_i
                             b.store(load(_at(b, sum, b.mul(ld, i64(k)), c)).value, total)
                     with cgutils.for_range_slice(b, start, stop, i64(1), I64) as (r, _):
                         here = b.mul(r, row)
-                        later = b.mul(b.add(r, i64(SOON)), row)
-                        for p in starts if lanes > 1 else ():
+                        later = b.mul(b.add(r, i64(soon)), row)
+                        for p in starts if lanes > 1 and soon else ():
                             for c in at:
                                 _prefetch(b, _at(b, p, later, c))
                         for c, ks, ts in zip(at, known, totals):
-                            out, *terms = rule(*(load(_at(b, p, here, c)) for p in starts[:inputs]), *ks)
-                            terms = terms if output else [out, *terms]
-                            if output:
-                                store(out, _at(b, starts[-1], here, c))
-                            for total, term in zip(ts, terms, strict=True):
+                            made = rule(*(load(_at(b, p, here, c)) for p in starts[:inputs]), *ks)
+                            for p, out in zip(starts[inputs:], made):
+                                store(out, _at(b, p, here, c))
+                            for total, term in zip(ts, made[output:], strict=True):
                                 b.store(combine(_Vector(b, b.load(total)), term).value, total)
                     for c, ts in zip(at, totals):
                         for k, total in enumerate(ts):

@@ -17,6 +17,7 @@ NANODIFF_AMX=emulate runs the same code with tiles in ordinary memory: for tests
 """
 
 import functools
+import itertools
 
 import numpy as np
 from llvmlite import ir
@@ -26,7 +27,7 @@ from numba.core.compiler import Flags
 from numba.extending import intrinsic
 
 from nanodiff.kernels.parallel_cpu import AMX
-from nanodiff.kernels.simd_cpu import F32, I32, I64, _Vector, addresses, pointer
+from nanodiff.kernels.simd_cpu import F32, I32, I64, _prefetch, _Vector, addresses, pointer, split_words
 
 I8, I8P, VOID = ir.IntType(8), ir.IntType(8).as_pointer(), ir.VoidType()
 WORDS, FLOATS = ir.VectorType(I32, 16), ir.VectorType(F32, 16)
@@ -149,10 +150,11 @@ def end(typingctx):
     return types.void(), codegen
 
 
-def _product(b, args, beside=(), then=lambda: None):
-    """beside: each of up to 12 emits what follows a product of a step; then: what follows the last."""
+def _product(b, args, ahead, beside=(), then=lambda: None):
+    """ahead: see tile_product; beside: each of up to 12 emits what follows a product of a step; then: what
+    follows the last."""
     A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half = args[:10]
-    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth = args[10:]
+    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth = args[10:19]
     unit = _unit(b)
     at = lambda p, *offsets: p if not offsets else at(b.gep(p, [offsets[0]]), *offsets[1:])  # noqa: E731
     for i, p in enumerate((I0, at(I0, i_half), I1, at(I1, i_half))):
@@ -163,12 +165,15 @@ def _product(b, args, beside=(), then=lambda: None):
     with cgutils.for_range(b, depth) as loop:
         a, w = at(A, b.load(at(steps, loop.index))), at(B, b.mul(loop.index, b_step))
 
-        more = iter(beside)
+        more, lines = iter(beside), itertools.count()
 
         def product(*sums):
             for i in sums:
                 unit.product(i, 4 + i // 2, 6 + i % 2)
                 next(more, lambda: None)()
+                if ahead:
+                    line = ir.Constant(I64, 16 * next(lines))
+                    _prefetch(b, at(ahead[0], b.add(b.mul(loop.index, ahead[1]), line)))
 
         unit.load(4, a, a_row)  # hi
         unit.load(6, at(w, b_lo), b_row)
@@ -200,7 +205,7 @@ _PRODUCT = (
 @intrinsic
 def tile_product(
     typingctx, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
-    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth,
+    I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth, *ahead,
 ):  # fmt: skip
     """C = I + A[32, 32 * depth] @ B[32 * depth, 32] in float32, by three products of bfloat16.
 
@@ -209,27 +214,22 @@ def tile_product(
     whose rows lie row words apart. C is four tiles: 16 rows by 16 columns at C0, 16 columns more c_half
     further on, and the same of the lower 16 rows at C1; likewise I, where i_row = 0 repeats one row. Four
     tiles hold sums and four operands, so that a step is 12 products (16 cycles each) and 8 loads (8 each).
+
+    `ahead`, if given, is an address and floats: step k asks for 12 cache lines from address + k * floats on,
+    one behind each product, since many at once would keep the loads of operands waiting.
     """
 
     def codegen(context, b, _, args):
-        _product(b, args)
+        _product(b, args, cgutils.unpack_tuple(b, args[-1]))
         return context.get_dummy_value()
 
-    return types.void(*_PRODUCT), codegen
+    return types.void(*_PRODUCT, types.StarArgTuple(ahead)), codegen
 
 
 def _split(b, x, y, hi, lo):
-    """16 words each: hi[i] = the two bfloat16 nearest to x[i] and y[i], lo[i] = those nearest to what is
-    left."""
-    left = [x, y]
-    for target in (hi, lo):
-        rounded = []
-        # to nearest, by adding half of the last kept bit; infinity and NaN survive
-        for i, v in enumerate(left):
-            up = b.add(b.bitcast(v, WORDS), _words(0x8000))
-            rounded.append(b.and_(up, _words(0xFFFF0000)))
-            left[i] = b.fsub(v, b.bitcast(rounded[i], FLOATS))
-        _store(b, b.or_(b.lshr(rounded[0], _words(16)), rounded[1]), target)
+    """The words of 16 floats each (split_words), at hi and at lo."""
+    for v, p in zip(split_words(_Vector(b, x), _Vector(b, y)), (hi, lo)):
+        _store(b, v.value, p)
 
 
 @intrinsic
@@ -251,32 +251,39 @@ class _InOrder(_Vector):
     FLAGS = ("contract",)
 
 
-def make_split(rule, n):
-    """A 1-D transform on the way into words: split(table, count, offset, move, target, next, stride, lo).
+def make_split(rule, n, parts=(slice(None),)):
+    """A 1-D transform on the way into words:
+    split(part, table, count, offset, move, target, next, stride, lo).
 
     The first half of the words are the 16 floats `offset` after the addresses table[j], j < n, the second
-    those after table[n + j]. Result f of the rule goes to target + f * stride, its lo `lo` words on. `count`
-    times: each time the floats are `move` further on, the results `next`."""
+    those after table[n + j]. Of the results only those in parts[part] are made: number f of them goes to
+    target + f * stride, its lo `lo` words on. `count` times: each time the floats are `move` further on, the
+    results `next`."""
 
     @intrinsic
-    def split(typingctx, table, count, offset, move, target, next, stride, lo):
+    def split(typingctx, part, table, count, offset, move, target, next, stride, lo):
         def codegen(context, b, signature, args):
-            table, count, offset, move, target, next, stride, lo = args
+            part, table, count, offset, move, target, next, stride, lo = args
             at = lambda p, i: b.gep(p, [i])  # noqa: E731
             starts = [
                 at(b.inttoptr(b.load(at(table, ir.Constant(I64, i))), F32.as_pointer()), offset)
                 for i in range(2 * n)
             ]
-            with cgutils.for_range(b, count) as loop:
-                shift, to = b.mul(loop.index, move), at(target, b.mul(loop.index, next))
-                values = [_InOrder(b, _load(b, at(p, shift))) for p in starts]
-                for f, (x, y) in enumerate(zip(rule(*values[:n]), rule(*values[n:]))):
-                    hi = at(to, b.mul(stride, ir.Constant(I64, f)))
-                    _split(b, x.value, y.value, hi, at(hi, lo))
+            for number, results in enumerate(parts):
+                with (
+                    b.if_then(b.icmp_signed("==", part, ir.Constant(I64, number))),
+                    cgutils.for_range(b, count) as loop,
+                ):
+                    shift, to = b.mul(loop.index, move), at(target, b.mul(loop.index, next))
+                    values = [_InOrder(b, _load(b, at(p, shift))) for p in starts]
+                    pairs = zip(rule(*values[:n])[results], rule(*values[n:])[results])
+                    for f, (x, y) in enumerate(pairs):
+                        hi = at(to, b.mul(stride, ir.Constant(I64, f)))
+                        _split(b, x.value, y.value, hi, at(hi, lo))
             return context.get_dummy_value()
 
         i = types.intp
-        return types.void(addresses, i, i, i, pointer, i, i, i), codegen
+        return types.void(i, addresses, i, i, i, pointer, i, i, i), codegen
 
     return split
 
@@ -378,14 +385,15 @@ def make_beside(split, merge):
     @intrinsic
     def product_beside(
         typingctx, on, table, A, steps, a_row, a_lo, a_half, B, b_step, b_row, b_lo, b_half,
-        I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth,
+        I0, I1, i_row, i_half, C0, C1, c_row, c_half, depth, *ahead,
     ):  # fmt: skip
         def codegen(context, b, _, args):
             then = functools.partial(call, context, b, on, args[1])
-            _product(b, args[2:], _beside(b, args[1], split, merge), then)
+            ahead = cgutils.unpack_tuple(b, args[-1])
+            _product(b, args[2:], ahead, _beside(b, args[1], split, merge), then)
             return context.get_dummy_value()
 
-        return types.void(on, addresses, *_PRODUCT), codegen
+        return types.void(on, addresses, *_PRODUCT, types.StarArgTuple(ahead)), codegen
 
     def alone(pieces):
         @intrinsic
