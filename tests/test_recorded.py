@@ -226,10 +226,15 @@ def test_the_pool_in_use_while_recording_and_replaying():
 def test_memory_is_taken_once_and_comes_back(monkeypatch):
     gc.collect()
     assert parallel_cpu.Recording.alive == 0
-    model, taken, before = network(), [], parallel_cpu._cut
+    model, taken, before = network(), [], parallel_cpu._slab
     data = batch(model, 4)
+    monkeypatch.setattr(parallel_cpu, "SLAB", 1 << 16)
+    monkeypatch.setattr(parallel_cpu._shelf, "free", [])
+    monkeypatch.setattr(parallel_cpu._arena, "free", [])
+    monkeypatch.setattr(parallel_cpu, "_slab", lambda size: taken.append(size) or before(size))
     at_once(model, **data)
-    monkeypatch.setattr(parallel_cpu, "_cut", lambda size: taken.append(size) or before(size))
+    total = sum(taken)
+    taken.clear()
     for _ in range(3):
         at_once(model, **data)
     assert taken == []
@@ -239,9 +244,25 @@ def test_memory_is_taken_once_and_comes_back(monkeypatch):
     assert sum(taken) < 3 * model.params.data.nbytes
     taken.clear()
     model.ctx.recordings.clear()
-    assert parallel_cpu.Recording.alive == 0 and not parallel_cpu._arena
+    assert parallel_cpu.Recording.alive == 0 and not parallel_cpu._arena.free
     by_hand(model, **data)
-    assert taken == []
+    assert sum(taken) < total / 4  # in other order than before, from slabs that are small here
+
+
+def test_ranges_grow_together_again():
+    """Whatever the order in which blocks come back, one range is left; and no two of them overlap."""
+    rng, heap, slab = np.random.default_rng(0), parallel_cpu._Heap(), object()
+    heap.give(1000, 6400, slab)
+    assert heap.take(6464) is None
+    for _ in range(20):
+        sizes = rng.integers(1, 12, 20) * 64
+        taken = [(n, *found) for n in sizes if (found := heap.take(n))]
+        spans = sorted((start, start + n) for n, start, _ in taken)
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:])) and spans[-1][1] <= 7400
+        for k in rng.permutation(len(taken)):
+            n, start, owner = taken[k]
+            heap.give(start, n, owner)
+        assert heap.free == [(1000, 6400, slab)]
 
 
 def test_logs_may_be_short(monkeypatch, replays):

@@ -12,6 +12,7 @@ a job owns its outputs, and `worker` (0 .. threads-1) picks nothing but scratch 
 """
 
 import atexit
+import bisect
 import ctypes
 import hashlib
 import math
@@ -427,46 +428,67 @@ set_threads(max_threads())
 
 
 # ---- memory ----
-_shelf, _arena = {}, {}  # bytes -> blocks nobody refers to; the second one is for recordings
-_slab = [np.empty(0, np.uint8), 0]  # memory to cut new blocks from, and where the next one starts
-# bytes: large enough for huge pages, which NumPy asks the system for; they save a page walk every 4 KB
-SLAB = 1 << 26
+# bytes, of which the system gives pages when they are first touched: large enough that little is lost at the
+# ends, and for huge pages, which NumPy asks the system for; they save a page walk every 4 KB
+SLAB = 1 << 28
 
 
-def _cut(size):
-    """`size` bytes, and their address, which is on a cache line so that no vector load straddles two."""
-    memory, start = _slab
-    if start + size > memory.size:
-        memory = np.empty(max(SLAB, size) + 64, np.uint8)
-        start = -memory.ctypes.data % 64
-    # a cache line between blocks: never two in step, whose lines would share the sets of the cache
-    _slab[:] = memory, start + -(-size // 64) * 64 + 64
-    return memory, memory.ctypes.data + start
+class _Heap:
+    """Memory that nobody refers to: ranges in the order of their addresses. The first that is large enough is
+    cut; what comes back grows together with its neighbours. Fresh pages cost a fault each."""
+
+    def __init__(self):
+        self.free = []  # (start, bytes, the slab that they are in)
+
+    def take(self, size):
+        for i, (start, length, slab) in enumerate(self.free):
+            if length >= size:
+                self.free[i : i + 1] = [(start + size, length - size, slab)] if length > size else []
+                return start, slab
+        return None
+
+    def give(self, start, size, slab):
+        i = bisect.bisect(self.free, start, key=lambda one: one[0])
+        for k in (i, i - 1):  # the range behind, then the one before
+            if 0 <= k < len(self.free) and self.free[k][2] is slab:
+                first, length, _ = self.free[k]
+                if first == start + size or first + length == start:
+                    start, size = min(first, start), size + length
+                    del self.free[k]
+                    i = min(i, k)
+        self.free.insert(i, (start, size, slab))
+
+
+_shelf, _arena = _Heap(), _Heap()  # the second one is for recordings
+
+
+def _slab(size):
+    """Fresh memory with room for `size` bytes: where it starts, its bytes, what owns it."""
+    memory = np.empty(max(SLAB, size) + 64, np.uint8)
+    return memory.ctypes.data + -memory.ctypes.data % 64, memory.size - 64, memory
 
 
 class _Block:
-    """Memory that goes back on its shelf when the last array over it dies. Fresh pages cost a fault each."""
+    """Bytes that go back to their heap when the last array over them dies."""
 
-    __slots__ = ("__array_interface__", "memory", "home")
+    __slots__ = ("__array_interface__", "range", "home")
 
     def __init__(self, size):
         self.home = _arena if _here.recording else _shelf
+        # whole cache lines, so that no vector load straddles two, and one between blocks: never two in step,
+        # whose lines would share the sets of the cache
+        room = -(-size // 64) * 64 + 64
         # (small ones are nobody's gain, and missed by who takes them at every step)
-        shelf = self.home.get(size) or (size >= 4096 and _shelf.get(size))
-        if shelf:
-            self.memory, self.__array_interface__ = shelf.pop()
-        else:
-            self.memory, start = _cut(size)
-            self.__array_interface__ = {
-                "data": (start, False),
-                "shape": (size,),
-                "typestr": "|u1",
-                "version": 3,
-            }
+        found = self.home.take(room) or (size >= 4096 and _shelf.take(room))
+        if not found:
+            self.home.give(*_slab(room))
+            found = self.home.take(room)
+        start, slab = found
+        self.range = start, room, slab
+        self.__array_interface__ = {"data": (start, False), "shape": (size,), "typestr": "|u1", "version": 3}
 
     def __del__(self):
-        shelf = self.home.setdefault(self.__array_interface__["shape"][0], [])
-        shelf.append((self.memory, self.__array_interface__))
+        self.home.give(*self.range)
 
 
 def empty(shape, dtype=np.float32):
@@ -498,7 +520,7 @@ def shared(name, shape, dtype=np.float32):
         if room is None or room.size < size:
             for key in [key for key in _views if key[0] == name]:
                 del _views[key]
-            _room[name] = room = empty((size + size // 4,), np.uint8)
+            _room[name] = room = empty((size,), np.uint8)
         _views[name, shape, dtype] = view = room[:size].view(dtype).reshape(shape)
     return view
 
@@ -571,9 +593,9 @@ class Recording:
         self.steps = self.kept = self.result = None
         type(self).alive -= 1
         if not self.alive:
-            for size, blocks in arena.items():
-                shelf.setdefault(size, []).extend(blocks)
-            arena.clear()
+            for free in arena.free:
+                shelf.give(*free)
+            arena.free.clear()
 
 
 def host(function, *args):
