@@ -18,7 +18,10 @@ from nanodiff.kernels.simd_cpu import at, choose, larger, make_rows, shift, spli
 from nanodiff.kernels.tiles_cpu import begin, end, split_pair, tile_product, transpose16
 
 f32, ZERO = np.float32, np.zeros(16, np.float32)
-BLOCK, LEFT, RIGHT, TURNED = 1024, 0, 1, 2  # TURNED: the left form, each tile turned
+BLOCK = 1024
+# TURNED: the left form, each tile turned. SOME: queries at a time. BLOCKS: instead of the floats of a row.
+# FIRST: of several sums. Numbers of NumPy, since Numba compiles a function again for every literal
+LEFT, RIGHT, TURNED, SOME, BLOCKS, FIRST = np.int64([0, 1, 2, 32, 0, 0])
 CHUNK = 256  # tokens of a backward at a time: all that is read again and again stays in a 2 MB L2 cache
 STEPS = BLOCK * np.arange(4096, dtype=np.int64)
 
@@ -106,7 +109,8 @@ def split(x, row, N, P, s, to, form):
 
 @njit
 def multiply(x, y, N, M, K, out, row, add):
-    """out [N, M] (+)= x [N, K] @ y [K, M]; out has rows of `row` floats or, if that is 0, blocks."""
+    """out [N, M] (+)= x [N, K] @ y [K, M], added unless `add` is 0; out has rows of `row` floats or, if that
+    is 0, blocks."""
     half, lower, down, across = (16, 16 * row, 32 * row, 32) if row else (512, 256, 32 * M, BLOCK)
     for m in range(M // 32):
         for n in range(N // 32):
@@ -167,8 +171,8 @@ def forward(job, worker, lse, q, k, v, out, scratch, tables):
     table[0] = table[2] = s.ctypes.data + 4 * scores
     table[1] = table[3] = table[0] + 4 * 512
     for n in range(0, NP, 32):
-        split(shift(q0, n * row), row, 32, P, s, queries, LEFT)
-        multiply(at(s, queries), at(s, keys), 32, NP, P, at(s, scores), 0, False)
+        split(shift(q0, n * row), row, SOME, P, s, queries, LEFT)
+        multiply(at(s, queries), at(s, keys), SOME, NP, P, at(s, scores), BLOCKS, FIRST)
         s[tops:totals] = -np.inf
         s[totals:keys] = 0
         hide(s, scores, N, NP, tops, less)
@@ -177,7 +181,7 @@ def forward(job, worker, lse, q, k, v, out, scratch, tables):
         hide(s, scores, N, NP, tops, less)
         pass_exp(table_at(table, 0), 0, NP // 32, BLOCK, 512, at(s, 0), at(s, totals), 512)
         fold(s, totals, False)
-        multiply(at(s, scores), at(s, values), 32, P, NP, shift(o0, n * row), row, False)
+        multiply(at(s, scores), at(s, values), SOME, P, NP, shift(o0, n * row), row, FIRST)
         for i in range(min(32, N - n)):  # `log` is a number even of NaN, the rest of the sum is not
             total, o = s[totals + 16 * i], carray(shift(o0, (n + i) * row), P)
             lse[b, h, n + i] = s[tops + 16 * i] * scale + log(total) + f32(0) * total
@@ -221,10 +225,10 @@ def backward(job, worker, lse, dout, q, k, v, out, dq, dk, dv, scratch, tables):
             split(d0, row, R, P, s, douts, TURNED)
             split(q0, row, R, P, s, queries, TURNED)
             for m in range(0, M, 32):
-                split(shift(k0, m * row), row, 32, P, s, keys, LEFT)
-                split(shift(v0, m * row), row, 32, P, s, values, LEFT)
-                multiply(at(s, keys), at(s, queries), 32, R, P, at(s, p + m * R), 0, False)
-                multiply(at(s, values), at(s, douts), 32, R, P, at(s, ds + m * R), 0, False)
+                split(shift(k0, m * row), row, SOME, P, s, keys, LEFT)
+                split(shift(v0, m * row), row, SOME, P, s, values, LEFT)
+                multiply(at(s, keys), at(s, queries), SOME, R, P, at(s, p + m * R), BLOCKS, FIRST)
+                multiply(at(s, values), at(s, douts), SOME, R, P, at(s, ds + m * R), BLOCKS, FIRST)
                 for n in range(0, R, 32):
                     here, across = s.ctypes.data + 4 * (m * R + 32 * n), turned + n * M + 32 * m
                     for i in range(4):
@@ -235,11 +239,11 @@ def backward(job, worker, lse, dout, q, k, v, out, dq, dk, dv, scratch, tables):
                     turn(s, across, BLOCK)
             # split again, in the place of the other form: both at once would not leave L2 enough for the rest
             split(d0, row, R, P, s, douts, RIGHT)
-            multiply(at(s, p), at(s, douts), M, P, R, shift(dv_, m0 * row), row, n0 > 0)
+            multiply(at(s, p), at(s, douts), M, P, R, shift(dv_, m0 * row), row, n0)
             split(q0, row, R, P, s, queries, RIGHT)
-            multiply(at(s, ds), at(s, queries), M, P, R, shift(dk_, m0 * row), row, n0 > 0)
+            multiply(at(s, ds), at(s, queries), M, P, R, shift(dk_, m0 * row), row, n0)
             split(k0, row, M, P, s, queries, RIGHT)
-            multiply(at(s, turned), at(s, queries), R, P, M, shift(dq_, n0 * row), row, m0 > 0)
+            multiply(at(s, turned), at(s, queries), R, P, M, shift(dq_, n0 * row), row, m0)
     end()
     save(dq_, row, dq, b, h)
     save(dk_, row, dk, b, h)

@@ -137,7 +137,7 @@ def _plan(B, size, out, stride, classes, target, apart=1):
     rows = targets[:, starts[:, None] + np.arange(16)]
     rows[:, first.size :] = -1  # of the tile that makes their number even
     run = np.where((np.diff(rows) == apart).all(2) & (rows[:, :, 0] >= 0), rows[:, :, 0], -1)
-    return Plan(source, tuple(taps), span, starts, rows.ravel(), run, apart)
+    return Plan(source, tuple(taps), span, starts, rows.ravel(), np.ascontiguousarray(run), apart)
 
 
 def _windows(H, W, kh, kw, stride, pad):
@@ -359,8 +359,8 @@ def products(plan, x, weight, bias, out, residual=None):
     )
     more = NONE if residual is None else residual.reshape(-1)
     line_products(
-        jobs, x, plan.source, weight, steps, ends, plan.starts, plan.rows, plan.run, biased, bias, more, out,
-        scratch(words + 1024), numbers,
+        jobs, x, plan.source, weight.reshape(-1), steps, ends, plan.starts, plan.rows, plan.run, biased, bias,
+        more, out, scratch(words + 1024), numbers,
     )  # fmt: skip
 
 
@@ -556,11 +556,11 @@ def _gradient_layout(plan, C, O, area):
     lines, more, T = len(plan.source), len(plan.target), len(plan.taps)
     blocks, panels = -(-C // 32), -(-O // 32)
     total = -(-(plan.n + plan.span) // 32)  # the last outputs look up to `span` further on
-    if (
-        panels >= 8 and T * blocks * panels > 128
-    ):  # enough jobs for some threads: sets of 128 output channels,
+    # enough jobs for some threads: sets of 128 output channels, or, where weights are few for its length,
+    # splits of the line: no operand is made twice
+    if panels >= 8 and T * blocks * panels > (256 if total >= 32 else 128):
         sets, splits = panels // 4, 1
-    else:  # or splits of the line where weights are few: no operand is made twice
+    else:
         sets, splits = 1, min(total, 4 if T * blocks * panels <= 256 else 2)
     wide = -(-panels // sets)
     chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * more * wide))))

@@ -34,7 +34,7 @@ __all__ = ["attention_forward", "attention_backward"]
 f32 = np.float32
 FAST = {"contract"}
 QUERIES = 64  # of the scores made at a time
-NARROW, FEW = 16 if AMX else 1 << 30, 31  # channels of a head, tokens: up to these the micro-kernel is faster
+NARROW = 16 if AMX else 1 << 30  # channels of a head up to which the micro-kernel is faster
 LANES, TALL = PANEL * WIDE, ROWS_T * WIDE  # queries of a product, and keys of one: as many registers
 by_channels, by_queries = make_product(ROWS_T, panels=WIDE), make_product(TALL)
 by_keys = make_product(ROWS_T, transposed=True, panels=WIDE)
@@ -215,7 +215,7 @@ def _sizes(N, D, heads):
 def attention_forward(q, k, v, heads):
     B, N, C = q.shape
     out, lse = empty(q.shape), empty((B, heads, N))
-    if C // heads > NARROW and N > FEW:
+    if C // heads > NARROW:
         wide.attention(wide.forward, lse, q, k, v, out)
         return out, lse
     some, Q, NP, WP, _ = _sizes(N, C // heads, heads)
@@ -231,7 +231,7 @@ def attention_backward(dout, q, k, v, out, lse, heads):
     B, N, C = q.shape
     made = empty((3, *q.shape))
     dq, dk, dv = made
-    if C // heads > NARROW and N > FEW:
+    if C // heads > NARROW:
         wide.attention(wide.backward, lse, dout, q, k, v, out, dq, dk, dv)
         return made
     some, Q, NP, WP, E = _sizes(N, C // heads, heads)
