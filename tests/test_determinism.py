@@ -78,8 +78,9 @@ assert (parallel_cpu.VECTOR, parallel_cpu.AMX) == (WIDTH, UNIT)
 cases = {"conv_forward": [5, 7, 9, 18], "conv_backward": [5, 7, 9, 18], "linear_forward": [3, 6]}
 if UNIT:
     cases |= {"conv_forward": [1, 5, 7, 18, 22, 29, 30, 31], "conv_backward": [1, 5, 7, 18, 22, 29, 30, 31]}
+    cases |= {"upconv_forward": [3, 4], "upconv_backward": [3, 4]}
 if WIDTH >= 8:
-    cases |= {"linear_backward": [3, 6], "attention_forward": [6, 7], "attention_backward": [6, 7]}
+    cases |= {"linear_backward": [3, 6, 11], "attention_forward": [6, 7], "attention_backward": [6, 7]}
 for op, chosen in cases.items():
     for dims in (CASES[op].shapes[i] for i in chosen):
         arguments = CASES[op].arguments(dims)

@@ -244,9 +244,10 @@ def test_memory_is_taken_once_and_comes_back(monkeypatch):
     assert sum(taken) < 3 * model.params.data.nbytes
     taken.clear()
     model.ctx.recordings.clear()
-    assert parallel_cpu.Recording.alive == 0 and not parallel_cpu._arena.free
+    assert parallel_cpu.Recording.alive == 0
     by_hand(model, **data)
-    assert sum(taken) < total / 4  # in other order than before, from slabs that are small here
+    assert parallel_cpu._arena.empty() == []
+    assert sum(taken) < total / 2  # in other order than before, from slabs that are small here
 
 
 def test_ranges_grow_together_again():
@@ -262,7 +263,30 @@ def test_ranges_grow_together_again():
         for k in rng.permutation(len(taken)):
             n, start, owner = taken[k]
             heap.give(start, n, owner)
-        assert heap.free == [(1000, 6400, slab)]
+        assert heap.take(6464) is None and heap.free == [(1000, 6400, slab)]
+
+
+def test_arrays_may_die_while_others_are_made():
+    """In cycles, which Python collects anywhere; and two threads take memory at once."""
+    wrong = []
+
+    def use(number):
+        kept = []
+        for k in range(3000):
+            x = parallel_cpu.empty((17 + k % 50,))
+            x[:] = number
+            cycle = [x]
+            cycle.append(cycle)  # dies when garbage is collected
+            if k % 7 == 0:
+                kept.append(x)
+        wrong.extend(x for x in kept if (x != number).any())
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_logs_may_be_short(monkeypatch, replays):

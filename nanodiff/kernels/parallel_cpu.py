@@ -435,28 +435,47 @@ SLAB = 1 << 28
 
 class _Heap:
     """Memory that nobody refers to: ranges in the order of their addresses. The first that is large enough is
-    cut; what comes back grows together with its neighbours. Fresh pages cost a fault each."""
+    cut; what comes back grows together with its neighbours. Fresh pages cost a fault each.
+
+    An array may die anywhere, even in the middle of `take`, when Python collects its garbage: `give` does no
+    more than append to a list.
+    """
 
     def __init__(self):
-        self.free = []  # (start, bytes, the slab that they are in)
-
-    def take(self, size):
-        for i, (start, length, slab) in enumerate(self.free):
-            if length >= size:
-                self.free[i : i + 1] = [(start + size, length - size, slab)] if length > size else []
-                return start, slab
-        return None
+        self.free, self.back, self.lock = [], [], threading.Lock()  # of (start, bytes, their slab)
 
     def give(self, start, size, slab):
-        i = bisect.bisect(self.free, start, key=lambda one: one[0])
-        for k in (i, i - 1):  # the range behind, then the one before
-            if 0 <= k < len(self.free) and self.free[k][2] is slab:
-                first, length, _ = self.free[k]
-                if first == start + size or first + length == start:
-                    start, size = min(first, start), size + length
-                    del self.free[k]
-                    i = min(i, k)
-        self.free.insert(i, (start, size, slab))
+        self.back.append((start, size, slab))
+
+    def take(self, size):
+        """The start of `size` bytes, and the slab that they are in; None where there are none."""
+        with self.lock:
+            self._sort_in()
+            for i, (start, length, slab) in enumerate(self.free):
+                if length >= size:
+                    self.free[i : i + 1] = [(start + size, length - size, slab)] if length > size else []
+                    return start, slab
+        return None
+
+    def empty(self):
+        """All ranges, which are no longer here."""
+        with self.lock:
+            self._sort_in()
+            all_, self.free = self.free, []
+        return all_
+
+    def _sort_in(self):
+        while self.back:
+            start, size, slab = self.back.pop()
+            i = bisect.bisect(self.free, start, key=lambda one: one[0])
+            for k in (i, i - 1):  # the range behind, then the one before
+                if 0 <= k < len(self.free) and self.free[k][2] is slab:
+                    first, length, _ = self.free[k]
+                    if first == start + size or first + length == start:
+                        start, size = min(first, start), size + length
+                        del self.free[k]
+                        i = min(i, k)
+            self.free.insert(i, (start, size, slab))
 
 
 _shelf, _arena = _Heap(), _Heap()  # the second one is for recordings
@@ -475,6 +494,8 @@ class _Block:
 
     def __init__(self, size):
         self.home = _arena if _here.recording else _shelf
+        if not Recording.alive:  # its memory is everybody's again
+            _shelf.back.extend(_arena.empty())
         # whole cache lines, so that no vector load straddles two, and one between blocks: never two in step,
         # whose lines would share the sets of the cache
         room = -(-size // 64) * 64 + 64
@@ -588,14 +609,9 @@ class Recording:
         for function, args in self.steps:
             function(*args)
 
-    def __del__(self, arena=_arena, shelf=_shelf):
-        """With the last recording, its memory is everybody's again."""
+    def __del__(self):
         self.steps = self.kept = self.result = None
         type(self).alive -= 1
-        if not self.alive:
-            for free in arena.free:
-                shelf.give(*free)
-            arena.free.clear()
 
 
 def host(function, *args):
