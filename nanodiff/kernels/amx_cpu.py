@@ -33,7 +33,9 @@ from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, t
 
 STEP = 1024  # words of B for one step of tile_product
 NONE, ZERO = np.zeros(0, np.float32), np.zeros(16, np.float32)
-FRAME = 1 << 17  # words of a frame that a job should not exceed: an eighth of a 2 MB L2 cache
+FRAME = (
+    1 << 16
+)  # words of a frame, an eighth of a 2 MB L2 cache, that a job should not exceed; of several lines half
 SOON, NEAR = 1, 4  # blocks of weights and rows of x that are asked for ahead
 DEEP = 4  # steps of 32 positions for which a weight gradient's operands stay in the L1 cache
 CHUNK = 1 << 18  # words of operands that a job of it makes at a time: half of a 2 MB L2 cache
@@ -317,9 +319,8 @@ def _layout(plan, C, O, area, threads):
     """How `products` cuts its work: the number of jobs, words of a frame, tables. It changes no bit of
     them."""
     lines, blocks, tiles = len(plan.source), -(-C // 32), len(plan.starts)
-    count = max(
-        1, -(-tiles // max(4, min(2, lines) * FRAME // (lines * blocks * 512)))
-    )  # blocks of tiles that fit
+    fit = max(4, (4 if lines > 1 else 1) * FRAME // (lines * blocks * 512))
+    count = max(1, -(-tiles // fit))
     count = -(-count // threads) * threads if tiles >= 16 * threads else 1
     block = -(-tiles // count // 2) * 2
     count = -(-tiles // block)
