@@ -1,6 +1,7 @@
 """A step that is recorded and replayed: the same bits as one that Python runs, and memory of its own."""
 
 import gc
+import sys
 import threading
 
 import numpy as np
@@ -281,11 +282,15 @@ def test_arrays_may_die_while_others_are_made():
                 kept.append(x)
         wrong.extend(x for x in kept if (x != number).any())
 
-    threads = [threading.Thread(target=use, args=(n,)) for n in (1, 2, 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads, before = [threading.Thread(target=use, args=(n,)) for n in (1, 2, 3)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # without the lock of a heap two threads then get the same memory
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
     assert not wrong
 
 

@@ -461,8 +461,8 @@ class _Heap:
         """All ranges, which are no longer here."""
         with self.lock:
             self._sort_in()
-            all_, self.free = self.free, []
-        return all_
+            ranges, self.free = self.free, []
+        return ranges
 
     def _sort_in(self):
         while self.back:
@@ -500,10 +500,8 @@ class _Block:
         # whose lines would share the sets of the cache
         room = -(-size // 64) * 64 + 64
         # (small ones are nobody's gain, and missed by who takes them at every step)
-        found = self.home.take(room) or (size >= 4096 and _shelf.take(room))
-        if not found:
-            self.home.give(*_slab(room))
-            found = self.home.take(room)
+        while not (found := self.home.take(room) or (size >= 4096 and _shelf.take(room))):
+            self.home.give(*_slab(room))  # again: another thread may have cut it
         start, slab = found
         self.range = start, room, slab
         self.__array_interface__ = {"data": (start, False), "shape": (size,), "typestr": "|u1", "version": 3}
