@@ -473,7 +473,8 @@ def add_tiles(partial, taps, dweight, c, o0, o1, zero):
 def gradient_products(
     job, worker, x, dout, source, target, taps, steps, partial, dweight, sums, scratch, zero, tables, numbers
 ):
-    """partial[split, C/32, O/32, tap] = xt^T pairs over one split of the line, for one of `sets` sets of O.
+    """partial[split, C/32, O/32, tap] = xt^T pairs over one split of the line, for one of `sets` sets of C,
+    whose rows of dweight lie together: those of the next 32 channels are asked for while some are multiplied.
 
     Operands are made `chunk` steps of 32 positions at a time, by the thread that multiplies them: from the L2
     cache of another core they would come at a fraction of the rate. Of these, DEEP steps are multiplied for
@@ -483,10 +484,12 @@ def gradient_products(
     total, chunk, sets, length, span, area, odd, there = numbers
     C, O, T, (splits, units, _) = x.shape[1], dout.shape[1], taps.shape[0], partial.shape
     lines, blocks, panels = source.shape[0], (C + 31) // 32, (O + 31) // 32
-    split, o0, o1 = job // sets, job % sets * panels // sets, (job % sets + 1) * panels // sets
-    half = worker * scratch.shape[1]
-    xt = half + blocks * 1024
-    pairs, d_line = xt + lines * chunk * blocks * 1024, (o1 - o0) * 4 * length * 32
+    split, part = job // sets, job % sets
+    c0, c1 = part * blocks // sets, (part + 1) * blocks // sets
+    o0, o1 = part * panels // sets, (part + 1) * panels // sets  # whose sums of dout it makes
+    wide, half = c1 - c0, worker * scratch.shape[1]
+    xt = half + wide * 1024
+    pairs, d_line = xt + lines * chunk * wide * 1024, panels * 4 * length * 32
     last = (split + 1) * total // splits
     begin()
     for k0 in range(split * total // splits, last, chunk):
@@ -498,11 +501,11 @@ def gradient_products(
                     first, second = source[line, q], source[line, q + 1]
                     a = at(x, first * C) if first >= 0 else at(zero, 0)
                     b = at(x, second * C) if second >= 0 else at(zero, 0)
-                    for c in range(C // 16):
-                        hi = at(scratch, half + c * 512 + i * 16)
+                    for c in range(2 * c0, min(2 * c1, C // 16)):
+                        hi = at(scratch, half + (c - 2 * c0) * 512 + i * 16)
                         split_pair(shift(a, c * 16), shift(b, c * 16), hi, shift(hi, 256))
-                to = xt + (line * chunk + k) * blocks * 1024
-                for c in range(C // 16 * 2):
+                to = xt + (line * chunk + k) * wide * 1024
+                for c in range(2 * (min(2 * c1, C // 16) - 2 * c0)):
                     transpose16(at(scratch, half + c * 256), 16, at(scratch, to + c * 256))
         for line in range(target.shape[0]):
             for e in range(0, count * 32 + span, 2 - odd):
@@ -510,39 +513,44 @@ def gradient_products(
                 a = at(dout, first * O) if first >= 0 else at(zero, 0)
                 b = at(dout, second * O) if second >= 0 else at(zero, 0)
                 here = pairs + line * d_line + (e % 2 * 2 * length + e // 2) * 16
-                for o in range(2 * o0, min(2 * o1, O // 16)):
-                    to = at(scratch, here + (o - 2 * o0) * 64 * length)
+                for o in range(O // 16):
+                    to = at(scratch, here + o * 64 * length)
                     split_pair(shift(a, o * 16), shift(b, o * 16), to, shift(to, 16 * length))
             add_pixels(
                 target[line], k0 * 32 + span, (k0 + count) * 32 + span, 1, area, dout, 32 * o0,
                 min(32 * o1, O), sums, split, tables[worker],
             )  # fmt: skip
-        for c in range(blocks):
-            for o in range(o0, o1):
+        rounds = (count + DEEP - 1) // DEEP
+        for c in range(c0, c1):
+            for o in range(panels):
                 for k in range(0, count, DEEP):
                     depth = min(DEEP, count - k)
                     for t in range(T):
                         line, e = taps[t, 0], taps[t, 1]
-                        a = at(scratch, xt + ((line * chunk + k) * blocks + c) * 1024)
-                        here = pairs + taps[t, 3] * d_line + (4 * (o - o0) + e % 2) * length * 32
+                        a = at(scratch, xt + ((line * chunk + k) * wide + c - c0) * 1024)
+                        here = pairs + taps[t, 3] * d_line + (4 * o + e % 2) * length * 32
                         b = at(scratch, here + (e // 2 + 16 * k) * 16)
                         unit = at(partial, ((split * units) + (c * panels + o) * T + t) * STEP)
                         to_row, to_half, down = 16, 256, 512
                         if there:
                             unit = at(dweight, (taps[t, 2] * C + c * 32) * O + o * 32)
                             to_row, to_half, down = O, 16, 16 * O
+                        soon, apart = at(zero, 0), 0
+                        if there & (c + 1 < c1):
+                            done = (o * rounds + k // DEEP) * 32 * O // (panels * rounds)
+                            soon, apart = at(dweight, (taps[t, 2] * C + (c + 1) * 32) * O + done), 192
                         before, row, far, below = unit, to_row, to_half, down
                         if (k0 == split * total // splits) & (k == 0) & (there == 0):
                             before, row, far, below = at(zero, 0), 0, 0, 0
                         tile_product(
                             a, table_at(steps, 0), 16, 256, 512, b, 256, 16, 16 * length, 64 * length,
                             before, shift(before, below), row, far, unit, shift(unit, down), to_row, to_half,
-                            depth,
+                            depth, soon, apart,
                         )  # fmt: skip
     end()
     if (splits == 1) & (there == 0):
-        for c in range(blocks):
-            add_tiles(partial, taps, dweight, c, o0, o1, zero)
+        for c in range(c0, c1):
+            add_tiles(partial, taps, dweight, c, 0, panels, zero)
 
 
 @parallel
@@ -557,17 +565,17 @@ def _gradient_layout(plan, C, O, area):
     lines, more, T = len(plan.source), len(plan.target), len(plan.taps)
     blocks, panels = -(-C // 32), -(-O // 32)
     total = -(-(plan.n + plan.span) // 32)  # the last outputs look up to `span` further on
-    # enough jobs for some threads: sets of 128 output channels, or, where weights are few for its length,
+    # enough jobs for some threads: sets of 128 input channels, or, where weights are few for its length,
     # splits of the line: no operand is made twice
-    if panels >= 8 and T * blocks * panels > (256 if total >= 32 else 128):
-        sets, splits = panels // 4, 1
+    if blocks >= 8 and T * blocks * panels > (256 if total >= 32 else 128):
+        sets, splits = blocks // 4, 1
     else:
         sets, splits = 1, min(total, 4 if T * blocks * panels <= 256 else 2)
-    wide = -(-panels // sets)
-    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * blocks + 2 * more * wide))))
+    wide = -(-blocks // sets)
+    chunk = min(-(-total // splits), max(4, CHUNK // (1024 * (lines * wide + 2 * more * panels))))
     length = chunk * 16 + (plan.span + 1) // 2 | 1  # odd: not all lines on the same sets of a cache
-    words = 1024 * blocks * (lines * chunk + 1) + more * wide * 4 * length * 32
-    steps = np.arange(chunk, dtype=np.int64) * (blocks * 1024)
+    words = 1024 * wide * (lines * chunk + 1) + more * panels * 4 * length * 32
+    steps = np.arange(chunk, dtype=np.int64) * (wide * 1024)
     odd, there = (plan.taps[:, 1] % 2).any(), splits == 1 and C % 32 == 0 and O % 32 == 0
     numbers = np.array([total, chunk, sets, length, plan.span, area, odd, there], np.int64)
     return sets, (splits, blocks * panels * T, STEP), words, steps, numbers
