@@ -29,7 +29,16 @@ from nanodiff.kernels import parallel_cpu
 from nanodiff.kernels.parallel_cpu import empty, njit, parallel, scratch, shared
 from nanodiff.kernels.simd_cpu import at, make_rows, prefetch, shift, table_at
 from nanodiff.kernels.sums_cpu import sum_first, widened, zeros
-from nanodiff.kernels.tiles_cpu import TILE, add_runs, begin, end, split_pair, tile_product, transpose16
+from nanodiff.kernels.tiles_cpu import (
+    TILE,
+    add_runs,
+    add_tile,
+    begin,
+    end,
+    split_pair,
+    tile_product,
+    transpose16,
+)
 
 STEP = 1024  # words of B for one step of tile_product
 NONE, ZERO = np.zeros(0, np.float32), np.zeros(16, np.float32)
@@ -310,7 +319,12 @@ def line_products(
                         a, places, 16, lo, a_half, panel, STEP, 16, TILE, 512, b0, b1, repeat, half,
                         c0, c1, 16, TILE, depth,
                     )  # fmt: skip
-                    write_tiles(flat, sums, rows, first, o * 32, residual, out)
+                    if whole & (p >= 0) & (q >= 0):
+                        for i in range(4):
+                            here = (p if i < 2 else q) * O + o * 32 + i % 2 * 16
+                            add_tile(shift(c0, i * TILE), at(residual, here), at(out, here), O * apart)
+                    else:
+                        write_tiles(flat, sums, rows, first, o * 32, residual, out)
     end()
 
 

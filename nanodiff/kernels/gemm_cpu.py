@@ -32,32 +32,34 @@ def panels(n):
 def pack(job, worker, weight, taps, transposed, out):
     """out[p, tap, c, :] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0 beyond.
 
-    One job per (panel, tap); `taps` lists the taps of the weights in the order of the panels.
+    One job per 16 rows of a tap, which come from memory in its order; `taps` lists the taps of the weights in
+    the order of the panels.
     """
     _, C, O = weight.shape
-    p, i = job // taps.size, job % taps.size
-    w = weight[taps[i]]
+    i, first = job % taps.size, job // taps.size * PANEL
+    w, high = weight[taps[i]], min(PANEL, C - first)
     if transposed:
-        wide = min(PANEL, C - p * PANEL)
+        to = out[first // PANEL, i]
         for o in range(O):
-            for q in range(wide):
-                out[p, i, o, q] = w[p * PANEL + q, o]
-            for q in range(wide, PANEL):
-                out[p, i, o, q] = 0
-    else:
-        wide = min(PANEL, O - p * PANEL)
-        for c in range(C):
-            for q in range(wide):
+            for q in range(high):
+                to[o, q] = w[first + q, o]
+            for q in range(high, PANEL):
+                to[o, q] = 0
+        return
+    for c in range(first, first + high):
+        for p in range(O // PANEL):
+            for q in range(PANEL):
                 out[p, i, c, q] = w[c, p * PANEL + q]
-            for q in range(wide, PANEL):
-                out[p, i, c, q] = 0
+        for q in range(PANEL if O % PANEL else 0):
+            o = O // PANEL * PANEL + q
+            out[O // PANEL, i, c, q] = w[c, o] if o < O else np.float32(0)
 
 
 def packed(weight, taps=None, transposed=False):  # (taps, C, O) -> (panels, taps, C, 16)
     taps = np.arange(weight.shape[0]) if taps is None else taps
     inner, outer = weight.shape[1:] if not transposed else weight.shape[:0:-1]
     out = empty((panels(outer), taps.size, inner, PANEL))
-    pack(out.shape[0] * taps.size, weight, taps, int(transposed), out)
+    pack(panels(weight.shape[1]) * taps.size, weight, taps, int(transposed), out)
     return out
 
 

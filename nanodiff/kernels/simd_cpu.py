@@ -23,6 +23,7 @@ ROWS = {16: 12, 8: 6, 4: 6, 1: 4}[VECTOR]
 # The same for the transposed product of weight gradients, whose rows are channels: a divisor of 16.
 ROWS_T = {16: 8, 8: 4, 4: 4, 1: 4}[VECTOR]
 WIDE = {16: 2, 8: 1, 4: 1, 1: 1}[VECTOR]  # panels multiplied at a time, where there are as many
+UNROLL = 4  # steps along the sum before the addresses move on
 
 # Registers across the channels of a pixel that make_rows works on at a time.
 AHEAD = {16: 4, 8: 2, 4: 4, 1: 1}[VECTOR]
@@ -74,7 +75,8 @@ def make_product(rows, transposed=False, panels=1):
     A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; row k of B at B[k * ldb], row r of C at
     C[r * ldc]. Each step of the loop over k loads one row of B (NV registers) and, for every row of C,
     spreads one element of A over a register and does NV fused multiply-adds: rows * NV independent ones,
-    enough to hide their latency. `add` != 0 adds to what is in C. The sum over k is in order.
+    enough to hide their latency. Additions of addresses would take the place of some: they come once for
+    UNROLL steps. `add` != 0 adds to what is in C. The sum over k is in order.
 
     With `panels` = 2 an element that was spread is used twice: product(..., next_b, next_c) does the same for
     the panel of B that lies next_b floats further on, into C + next_c.
@@ -94,7 +96,6 @@ def make_product(rows, transposed=False, panels=1):
             next_b, next_c = cgutils.unpack_tuple(b, args[8]) if panels > 1 else (i64(0), i64(0))
             b_panel = [_at(b, B, b.mul(next_b, i64(p))) for p in range(panels)]
             c_panel = [_at(b, C, b.mul(next_c, i64(p))) for p in range(panels)]
-            a_row = [_at(b, A, b.mul(lda, i64(r))) for r in range(rows)]
             cells = [(r, p, j) for r in range(rows) for p in range(panels) for j in range(NV)]
             sums = [cgutils.alloca_once(b, VEC) for _ in cells]  # LLVM turns these into registers
             place = [_at(b, c_panel[p], b.mul(ldc, i64(r)), VECTOR * j) for r, p, j in cells]
@@ -104,19 +105,26 @@ def make_product(rows, transposed=False, panels=1):
             with b.if_then(adding):
                 for c, s in zip(place, sums):
                     b.store(_load(b, c), s)
-            with cgutils.for_range_slice(b, i64(0), depth, i64(1), I64) as (k, _):
-                b_row = b.mul(k, ldb)
-                bv = {
-                    (p, j): _load(b, _at(b, b_panel[p], b_row, VECTOR * j))
-                    for _, p, j in cells[: panels * NV]
-                }
-                a_col = _at(b, A, b.mul(k, lda)) if transposed else None
-                av = [
-                    _splat(b, b.load(_at(b, a_col, r) if transposed else _at(b, a_row[r], k)))
-                    for r in range(rows)
-                ]
-                for (r, p, j), s in zip(cells, sums):
-                    b.store(b.call(fma, [av[r], bv[p, j], b.load(s)]), s)
+            # pointers that move on with k; an address reaches p, p + lda and p + 2 lda, transposed all rows
+            (row, step), reach = ((i64(1), lda), rows) if transposed else ((lda, i64(1)), 3)
+            starts = [_at(b, A, b.mul(row, i64(r))) for r in range(0, rows, reach)] + b_panel
+            moves = [step] * (len(starts) - panels) + [ldb] * panels
+            moving = [cgutils.alloca_once(b, p.type) for p in starts]
+            for p, start in zip(moving, starts):
+                b.store(start, p)
+            for count, unrolled in ((b.sdiv(depth, i64(UNROLL)), UNROLL), (b.srem(depth, i64(UNROLL)), 1)):
+                with cgutils.for_range(b, count):
+                    at = [b.load(p) for p in moving]
+                    for k in range(unrolled):
+                        b_row = [_at(b, p, b.mul(ldb, i64(k))) for p in at[-panels:]]
+                        bv = [_load(b, _at(b, p, VECTOR * j)) for p in b_row for j in range(NV)]
+                        for r in range(rows):
+                            element = _at(b, at[r // reach], b.mul(row, i64(r % reach)), b.mul(step, i64(k)))
+                            av = _splat(b, b.load(element))
+                            for s, v in zip(sums[r * len(bv) :], bv):
+                                b.store(b.call(fma, [av, v, b.load(s)]), s)
+                    for p, here, move in zip(moving, at, moves):
+                        b.store(_at(b, here, b.mul(move, i64(unrolled))), p)
             for c, s in zip(place, sums):
                 _store(b, b.load(s), c)
             return context.get_dummy_value()

@@ -434,6 +434,21 @@ def transpose16(typingctx, source, row, target):
 
 
 @intrinsic
+def add_tile(typingctx, x, y, target, row):
+    """target = x + y for 16 x 16 floats: x is a tile, rows of y and of the target lie `row` floats apart."""
+
+    def codegen(context, b, signature, args):
+        x, y, target, row = args
+        for i in range(16):
+            here = b.mul(row, ir.Constant(I64, i))
+            total = b.fadd(_load(b, b.gep(x, [ir.Constant(I64, 16 * i)])), _load(b, b.gep(y, [here])))
+            _store(b, total, b.gep(target, [here]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, pointer, pointer, types.intp), codegen
+
+
+@intrinsic
 def add_runs(typingctx, x, y, z, target):
     """target = x + y + z, 16 floats each."""
 
