@@ -126,6 +126,12 @@ def test_any_linear(shape, C, O, residual, stack):
     agree("linear_backward", dims)
 
 
+@pytest.mark.parametrize("C, O, stride", [(288, 48, 1), (288, 64, 1), (352, 96, 2)])
+def test_input_channels_that_make_sets_of_unequal_size(C, O, stride):  # of the jobs of a weight gradient
+    agree("conv_backward", dict(B=3, H=8, W=8, C=C, O=O, K=3, stride=stride, pad=(1, 1), plus=""))
+    agree("linear_backward", dict(shape=(200,), C=C, O=O + 433, residual=False, stack=0))
+
+
 @drawn
 @given(B=st.integers(1, 5), H=sizes, W=sizes, G=st.integers(1, 9), D=st.integers(1, 17), silu=st.booleans(),
        offset=st.sampled_from([0, 0, 3, -100]), residual=st.booleans())  # fmt: skip

@@ -32,10 +32,10 @@ from nanodiff.kernels.sums_cpu import sum_first, widened, zeros
 from nanodiff.kernels.tiles_cpu import (
     TILE,
     add_runs,
-    add_tile,
     begin,
     end,
     split_pair,
+    tile_plus,
     tile_product,
     transpose16,
 )
@@ -322,7 +322,7 @@ def line_products(
                     if whole & (p >= 0) & (q >= 0):
                         for i in range(4):
                             here = (p if i < 2 else q) * O + o * 32 + i % 2 * 16
-                            add_tile(shift(c0, i * TILE), at(residual, here), at(out, here), O * apart)
+                            tile_plus(shift(c0, i * TILE), at(residual, here), at(out, here), O * apart)
                     else:
                         write_tiles(flat, sums, rows, first, o * 32, residual, out)
     end()
@@ -463,14 +463,14 @@ def add_pixels(target, first, last, count, area, dout, o0, o1, sums, split, tabl
 
 
 @njit
-def add_tiles(partial, taps, dweight, c, o0, o1, zero):
-    """dweight += the sums of all splits, in order, for 32 input channels and the panels o0 .. o1 of outputs:
-    along the rows of dweight, which come from memory."""
+def add_tiles(partial, taps, dweight, c, zero):
+    """dweight += the sums of all splits, in order, for 32 input channels: along the rows of dweight, which
+    come from memory."""
     (splits, units, _), (_, C, O), T = partial.shape, dweight.shape, taps.shape[0]
     panels = (O + 31) // 32
     for t in range(T):
         for i in range(min(32, C - 32 * c)):
-            for o in range(2 * o0, 2 * o1):
+            for o in range(2 * panels):
                 run = (taps[t, 2] * C + 32 * c + i) * O + 16 * o
                 s = (((c * panels + o // 2) * T + t) * 4 + i // 16 * 2 + o % 2) * 256 + i % 16 * 16
                 for split in range(splits):
@@ -487,8 +487,8 @@ def add_tiles(partial, taps, dweight, c, o0, o1, zero):
 def gradient_products(
     job, worker, x, dout, source, target, taps, steps, partial, dweight, sums, scratch, zero, tables, numbers
 ):
-    """partial[split, C/32, O/32, tap] = xt^T pairs over one split of the line, for one of `sets` sets of C,
-    whose rows of dweight lie together: those of the next 32 channels are asked for while some are multiplied.
+    """partial[split, C/32, O/32, tap] = xt^T pairs: a job is one split of the line, for one of `sets` sets of
+    input channels. Its rows of dweight lie together: while those of 32 channels are made, the next 32 come.
 
     Operands are made `chunk` steps of 32 positions at a time, by the thread that multiplies them: from the L2
     cache of another core they would come at a fraction of the rate. Of these, DEEP steps are multiplied for
@@ -501,7 +501,7 @@ def gradient_products(
     split, part = job // sets, job % sets
     c0, c1 = part * blocks // sets, (part + 1) * blocks // sets
     o0, o1 = part * panels // sets, (part + 1) * panels // sets  # whose sums of dout it makes
-    wide, half = c1 - c0, worker * scratch.shape[1]
+    wide, half = (blocks + sets - 1) // sets, worker * scratch.shape[1]  # wide: of the widest set
     xt = half + wide * 1024
     pairs, d_line = xt + lines * chunk * wide * 1024, panels * 4 * length * 32
     last = (split + 1) * total // splits
@@ -534,7 +534,6 @@ def gradient_products(
                 target[line], k0 * 32 + span, (k0 + count) * 32 + span, 1, area, dout, 32 * o0,
                 min(32 * o1, O), sums, split, tables[worker],
             )  # fmt: skip
-        rounds = (count + DEEP - 1) // DEEP
         for c in range(c0, c1):
             for o in range(panels):
                 for k in range(0, count, DEEP):
@@ -551,7 +550,7 @@ def gradient_products(
                             to_row, to_half, down = O, 16, 16 * O
                         soon, apart = at(zero, 0), 0
                         if there & (c + 1 < c1):
-                            done = (o * rounds + k // DEEP) * 32 * O // (panels * rounds)
+                            done = (o * count + k) * 32 * O // (panels * count)
                             soon, apart = at(dweight, (taps[t, 2] * C + (c + 1) * 32) * O + done), 192
                         before, row, far, below = unit, to_row, to_half, down
                         if (k0 == split * total // splits) & (k == 0) & (there == 0):
@@ -564,12 +563,12 @@ def gradient_products(
     end()
     if (splits == 1) & (there == 0):
         for c in range(c0, c1):
-            add_tiles(partial, taps, dweight, c, 0, panels, zero)
+            add_tiles(partial, taps, dweight, c, zero)
 
 
 @parallel
 def add_gradients(job, worker, partial, taps, dweight, zero):
-    add_tiles(partial, taps, dweight, job, 0, (dweight.shape[2] + 31) // 32, zero)
+    add_tiles(partial, taps, dweight, job, zero)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -579,8 +578,8 @@ def _gradient_layout(plan, C, O, area):
     lines, more, T = len(plan.source), len(plan.target), len(plan.taps)
     blocks, panels = -(-C // 32), -(-O // 32)
     total = -(-(plan.n + plan.span) // 32)  # the last outputs look up to `span` further on
-    # enough jobs for some threads: sets of 128 input channels, or, where weights are few for its length,
-    # splits of the line: no operand is made twice
+    # enough jobs for some threads: sets of 128 input channels or more, each of which makes the operands of
+    # all dout; or, where weights are few for its length, splits of the line: no operand is made twice
     if blocks >= 8 and T * blocks * panels > (256 if total >= 32 else 128):
         sets, splits = blocks // 4, 1
     else:

@@ -32,8 +32,8 @@ def panels(n):
 def pack(job, worker, weight, taps, transposed, out):
     """out[p, tap, c, :] = weight[tap, c, 16p:16p+16], or weight[tap, 16p:16p+16, c] if transposed; 0 beyond.
 
-    One job per 16 rows of a tap, which come from memory in its order; `taps` lists the taps of the weights in
-    the order of the panels.
+    One job per 16 rows of a tap, which are read in the order in which they lie in memory; `taps` lists the
+    taps of the weights in the order of the panels.
     """
     _, C, O = weight.shape
     i, first = job % taps.size, job // taps.size * PANEL
@@ -50,9 +50,10 @@ def pack(job, worker, weight, taps, transposed, out):
         for p in range(O // PANEL):
             for q in range(PANEL):
                 out[p, i, c, q] = w[c, p * PANEL + q]
-        for q in range(PANEL if O % PANEL else 0):
-            o = O // PANEL * PANEL + q
-            out[O // PANEL, i, c, q] = w[c, o] if o < O else np.float32(0)
+        if O % PANEL:
+            for q in range(PANEL):
+                o = O // PANEL * PANEL + q
+                out[O // PANEL, i, c, q] = w[c, o] if o < O else np.float32(0)
 
 
 def packed(weight, taps=None, transposed=False):  # (taps, C, O) -> (panels, taps, C, 16)

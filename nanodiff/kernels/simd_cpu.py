@@ -75,8 +75,8 @@ def make_product(rows, transposed=False, panels=1):
     A[r, k] is at A[r * lda + k], or at A[k * lda + r] if transposed; row k of B at B[k * ldb], row r of C at
     C[r * ldc]. Each step of the loop over k loads one row of B (NV registers) and, for every row of C,
     spreads one element of A over a register and does NV fused multiply-adds: rows * NV independent ones,
-    enough to hide their latency. Additions of addresses would take the place of some: they come once for
-    UNROLL steps. `add` != 0 adds to what is in C. The sum over k is in order.
+    enough to hide their latency. Additions of addresses would take the place of some of these: they come once
+    for UNROLL steps. `add` != 0 adds to what is in C. The sum over k is in order.
 
     With `panels` = 2 an element that was spread is used twice: product(..., next_b, next_c) does the same for
     the panel of B that lies next_b floats further on, into C + next_c.
@@ -105,26 +105,27 @@ def make_product(rows, transposed=False, panels=1):
             with b.if_then(adding):
                 for c, s in zip(place, sums):
                     b.store(_load(b, c), s)
-            # pointers that move on with k; an address reaches p, p + lda and p + 2 lda, transposed all rows
+            # pointers that move on with k, one for `reach` rows: an instruction adds to its address a number
+            # or a register, once or twice
             (row, step), reach = ((i64(1), lda), rows) if transposed else ((lda, i64(1)), 3)
             starts = [_at(b, A, b.mul(row, i64(r))) for r in range(0, rows, reach)] + b_panel
             moves = [step] * (len(starts) - panels) + [ldb] * panels
             moving = [cgutils.alloca_once(b, p.type) for p in starts]
-            for p, start in zip(moving, starts):
-                b.store(start, p)
+            for slot, p in zip(moving, starts):
+                b.store(p, slot)
             for count, unrolled in ((b.sdiv(depth, i64(UNROLL)), UNROLL), (b.srem(depth, i64(UNROLL)), 1)):
                 with cgutils.for_range(b, count):
-                    at = [b.load(p) for p in moving]
+                    now = [b.load(slot) for slot in moving]
                     for k in range(unrolled):
-                        b_row = [_at(b, p, b.mul(ldb, i64(k))) for p in at[-panels:]]
+                        b_row = [_at(b, p, b.mul(ldb, i64(k))) for p in now[-panels:]]
                         bv = [_load(b, _at(b, p, VECTOR * j)) for p in b_row for j in range(NV)]
                         for r in range(rows):
-                            element = _at(b, at[r // reach], b.mul(row, i64(r % reach)), b.mul(step, i64(k)))
+                            element = _at(b, now[r // reach], b.mul(row, i64(r % reach)), b.mul(step, i64(k)))
                             av = _splat(b, b.load(element))
                             for s, v in zip(sums[r * len(bv) :], bv):
                                 b.store(b.call(fma, [av, v, b.load(s)]), s)
-                    for p, here, move in zip(moving, at, moves):
-                        b.store(_at(b, here, b.mul(move, i64(unrolled))), p)
+                    for slot, p, move in zip(moving, now, moves):
+                        b.store(_at(b, p, b.mul(move, i64(unrolled))), slot)
             for c, s in zip(place, sums):
                 _store(b, b.load(s), c)
             return context.get_dummy_value()

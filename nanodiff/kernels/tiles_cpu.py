@@ -434,7 +434,7 @@ def transpose16(typingctx, source, row, target):
 
 
 @intrinsic
-def add_tile(typingctx, x, y, target, row):
+def tile_plus(typingctx, x, y, target, row):
     """target = x + y for 16 x 16 floats: x is a tile, rows of y and of the target lie `row` floats apart."""
 
     def codegen(context, b, signature, args):
