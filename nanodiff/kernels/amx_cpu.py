@@ -548,7 +548,7 @@ def gradient_products(
                         if there:
                             unit = at(dweight, (taps[t, 2] * C + c * 32) * O + o * 32)
                             to_row, to_half, down = O, 16, 16 * O
-                        soon, apart = at(zero, 0), 0
+                        soon, apart = at(zero, 0), 0  # 192: the 12 lines for which a step asks
                         if there & (c + 1 < c1):
                             done = (o * count + k) * 32 * O // (panels * count)
                             soon, apart = at(dweight, (taps[t, 2] * C + (c + 1) * 32) * O + done), 192

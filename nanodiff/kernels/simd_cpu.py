@@ -105,8 +105,8 @@ def make_product(rows, transposed=False, panels=1):
             with b.if_then(adding):
                 for c, s in zip(place, sums):
                     b.store(_load(b, c), s)
-            # pointers that move on with k, one for `reach` rows: an instruction adds to its address a number
-            # or a register, once or twice
+            # pointers that move on with k, one for `reach` rows: the others are one or two lda away, or, if
+            # transposed, some numbers, and both an instruction adds to its address for nothing
             (row, step), reach = ((i64(1), lda), rows) if transposed else ((lda, i64(1)), 3)
             starts = [_at(b, A, b.mul(row, i64(r))) for r in range(0, rows, reach)] + b_panel
             moves = [step] * (len(starts) - panels) + [ldb] * panels
